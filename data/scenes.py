@@ -1,0 +1,340 @@
+"""Captioned procedural scenes: the embedded data set, endless, exact and the same on every machine.
+
+    python data/scenes.py                         # a contact sheet of the micro track, scenes.png
+    python data/scenes.py --track mini --res 256  # the same for the mini track
+
+A scene is a background (colour, pattern) with one or more objects (shape, colour, size), each in a place of its own.
+Sample `index` of a `split` is a function of (seed, split, index) alone: attributes come from a 64-bit integer hash, pixels
+from signed distance functions, words from templates. Three splits never meet:
+
+    train   what the trainer sees
+    eval    scenes whose content (everything but the jitter) hashes into 1/16 of all contents; training never draws them
+    unseen  scenes with at least one (shape, colour) pair out of UNSEEN, which training and `eval` never show
+
+Because the truth is known, prompt accuracy is exact: `match` finds the scene that explains an image best by least squares.
+"""
+
+import argparse
+import functools
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+COLOURS = {"red": (225, 45, 45), "green": (50, 190, 70), "blue": (65, 100, 245), "yellow": (250, 220, 50),
+           "purple": (190, 75, 225), "white": (250, 250, 250)}
+SIZES = {"small": 0.22, "large": 0.38}  # radius as a share of the cell's width
+BACKGROUNDS = {"black": (15, 15, 20), "gray": (105, 105, 110), "brown": (105, 65, 35), "navy": (20, 30, 95)}
+PATTERNS = ("plain", "striped", "checkered")
+PLACES = {2: ("top left", "top right", "bottom left", "bottom right"),
+          3: ("top left", "top center", "top right", "middle left", "center", "middle right",
+              "bottom left", "bottom center", "bottom right")}
+UNSEEN = frozenset({("triangle", "purple"), ("ring", "yellow"), ("cross", "green")})  # never in `train` or `eval`
+JITTER = 0.08        # each object's centre moves by up to this share of a cell in x and y
+PATTERN_SHADE = 45   # the second tone of a pattern is this much lighter, of 255
+SPLITS = ("train", "eval", "unseen")
+VERSION = 1          # raise it when any sample changes: it is part of the protocol's hash
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How hard the scenes are: `grid` x `grid` places, 1 to `max_objects` objects."""
+
+    grid: int = 2
+    max_objects: int = 2
+
+    @property
+    def protocol(self) -> str:
+        """Hash of everything that decides what a scene is; two runs may be compared only where it is equal."""
+        what = (VERSION, self, SHAPES, COLOURS, SIZES, BACKGROUNDS, PATTERNS, sorted(UNSEEN), JITTER, PATTERN_SHADE)
+        return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+MICRO, MINI = Difficulty(grid=2, max_objects=2), Difficulty(grid=3, max_objects=4)
+
+
+@dataclass
+class Scenes:
+    """A batch of scenes as integer arrays; an absent object has place -1. N scenes, K = max_objects slots.
+
+    place, shape, colour, size: (N, K) int64. background: (N,) = colour * len(PATTERNS) + pattern. jitter: (N, K, 2) in
+    [-1, 1]. words: (N, 16) uint64, the random numbers behind the wording of the captions.
+    """
+
+    difficulty: Difficulty
+    place: np.ndarray
+    shape: np.ndarray
+    colour: np.ndarray
+    size: np.ndarray
+    background: np.ndarray
+    jitter: np.ndarray
+    words: np.ndarray
+
+    def __len__(self):
+        return len(self.background)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing scenes from a seed and an index
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _hash(*words) -> np.ndarray:
+    """Broadcast integers to well-mixed uint64 values (splitmix64's finaliser, Steele et al. 2014, chained)."""
+    with np.errstate(over="ignore"):
+        z = np.uint64(0)
+        for word in words:
+            z = z + np.asarray(word).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+    return z
+
+
+def _below(u: np.ndarray, n) -> np.ndarray:
+    """uint64 noise -> integers in [0, n). The modulo bias for n < 2^16 is below 2^-48."""
+    return (u % np.uint64(n)).astype(np.int64)
+
+
+_UNSEEN = np.array([[(s, c) in UNSEEN for c in COLOURS] for s in SHAPES])  # (shape, colour) -> bool
+
+
+def content_hash(place, shape, colour, size, background) -> np.ndarray:
+    """uint64 (N,): a hash of what a scene shows, whatever the order of its objects and their jitter."""
+    objects = np.where(place >= 0, _hash(place, shape, colour, size), np.uint64(0))
+    with np.errstate(over="ignore"):
+        return _hash(objects.sum(1, dtype=np.uint64), background)
+
+
+def draw_scenes(indices, split: str = "train", difficulty: Difficulty = MICRO, seed: int = 0) -> Scenes:
+    """The scenes with these `indices` (sequence of N ints >= 0) of a split. Raises ValueError on an unknown split.
+
+    Attributes are drawn until the content belongs to the split; attempt number k is part of the hash, so a sample
+    never depends on the other samples of its batch.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
+    indices = np.asarray(indices, dtype=np.int64)
+    n, k, cells = len(indices), difficulty.max_objects, difficulty.grid ** 2
+    slot = np.arange(k)
+    out = [np.zeros((n, k), np.int64) for _ in range(4)] + [np.zeros(n, np.int64)]
+    todo, attempt = np.arange(n), 0
+    while len(todo):
+        u = lambda field, *more: _hash(seed, SPLITS.index(split), indices[todo].reshape(-1, *[1] * len(more)), attempt,
+                                       field, *more)
+        count = 1 + _below(u(0), k)                                               # (n,) objects, all counts alike
+        order = np.argsort(u(1, np.arange(cells)[None]), axis=1, kind="stable")   # (n, cells) a permutation of places
+        place = np.where(slot < count[:, None], order[:, :k], -1)                 # (n, k)
+        shape, colour, size = (_below(u(f, slot[None]), m) for f, m in ((2, len(SHAPES)), (3, len(COLOURS)), (4, 2)))
+        background = _below(u(5), len(BACKGROUNDS) * len(PATTERNS))
+        unseen = (_UNSEEN[shape, colour] & (place >= 0)).any(1)
+        held_out = content_hash(place, shape, colour, size, background) % np.uint64(16) == 0
+        good = {"train": ~unseen & ~held_out, "eval": ~unseen & held_out, "unseen": unseen}[split]
+        for array, values in zip(out, (place, shape, colour, size, background)):
+            array[todo[good]] = values[good]
+        todo, attempt = todo[~good], attempt + 1
+    noise = lambda field, m: _hash(seed, SPLITS.index(split), indices[:, None], 0, field, np.arange(m)[None])
+    jitter = (noise(6, 2 * k) >> np.uint64(40)).astype(np.float32) / 2 ** 23 - 1  # 24 bits: exact in float32
+    return Scenes(difficulty, *out, jitter=jitter.reshape(n, k, 2), words=noise(7, 16))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _distance(shape: int, x, y, r):
+    """Signed distance (negative inside) of points x, y from the outline of a shape with radius r; all broadcast."""
+    box = lambda hx, hy: torch.maximum(x.abs() - hx, y.abs() - hy)  # Chebyshev: exact on the sides, sharp corners
+    if shape == 0:                                                   # circle
+        return (x * x + y * y).sqrt() - r
+    if shape == 1:                                                   # square
+        return box(0.84 * r, 0.84 * r)
+    if shape == 2:                                                   # triangle, point up, equilateral
+        return torch.maximum(x.abs() * 0.8660254 - y * 0.5, y) - 0.55 * r
+    if shape == 3:                                                   # cross
+        return torch.minimum(box(0.32 * r, r), box(r, 0.32 * r))
+    return ((x * x + y * y).sqrt() - 0.76 * r).abs() - 0.24 * r      # ring
+
+
+def _background(background: torch.Tensor, res: int) -> torch.Tensor:
+    """(N,) -> (N, 3, res, res) float32 in [0, 255]."""
+    device = background.device
+    base = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32, device=device)[background // len(PATTERNS)]
+    band = (torch.arange(res, device=device) * 8 // res) % 2                       # 8 bands, aligned to the image
+    masks = torch.stack([torch.zeros(res, res, device=device), band[:, None].expand(res, res).float(),
+                         (band[:, None] ^ band[None]).float()])                   # (3 patterns, res, res)
+    return base[:, :, None, None] + PATTERN_SHADE * masks[background % len(PATTERNS)][:, None]
+
+
+def render(scenes: Scenes, res: int = 32, device="cpu") -> torch.Tensor:
+    """Draw scenes at any resolution, anti-aliased: uint8 (N, 3, res, res) on `device`."""
+    to = lambda a, dtype=torch.int64: torch.as_tensor(a, dtype=dtype, device=device)
+    place, shape, colour, size = to(scenes.place), to(scenes.shape), to(scenes.colour), to(scenes.size)
+    jitter, grid = to(scenes.jitter, torch.float32), scenes.difficulty.grid
+    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device)
+    radius = torch.tensor(list(SIZES.values()), device=device)[size] / grid        # (N, K), in image widths
+    centre = torch.stack([place % grid, place // grid], -1) + 0.5 + JITTER * jitter
+    centre = centre / grid                                                         # (N, K, 2): x, y
+    axis = (torch.arange(res, device=device) + 0.5) / res
+    image = _background(to(scenes.background), res)
+    for slot in range(place.shape[1]):                                             # objects never overlap
+        for kind in range(len(SHAPES)):
+            rows = ((place[:, slot] >= 0) & (shape[:, slot] == kind)).nonzero()[:, 0]
+            x = axis[None, None, :] - centre[rows, slot, 0, None, None]            # (n, 1, res)
+            y = axis[None, :, None] - centre[rows, slot, 1, None, None]            # (n, res, 1)
+            d = _distance(kind, x, y, radius[rows, slot, None, None])              # (n, res, res)
+            alpha = (0.5 - d * res).clamp(0, 1)[:, None]                           # one pixel of anti-aliasing
+            image[rows] = torch.lerp(image[rows], palette[colour[rows, slot], :, None, None], alpha)
+    return image.round().to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+# ---------------------------------------------------------------------------------------------------------------------
+
+_WORDS = {"circle": ("circle", "disc"), "square": ("square", "box"), "triangle": ("triangle",),
+          "cross": ("cross", "plus sign"), "ring": ("ring", "hoop"), "small": ("small", "little"),
+          "large": ("large", "big"), "plain": ("plain", "solid"), "striped": ("striped",), "checkered": ("checkered",)}
+_OBJECT = ("a {size} {colour} {shape} in the {place}", "in the {place} a {size} {colour} {shape}",
+           "a {colour} {shape} of {size} size at the {place}", "the {place} holds a {size} {colour} {shape}",
+           "at the {place} there is a {size} {shape} in {colour}")
+_SCENE = ("{count}: {objects}. the background is {pattern} {ground}.", "{objects}, on a {pattern} {ground} background.",
+          "a {pattern} {ground} background with {count}: {objects}.", "this picture shows {count}, {objects}. behind, "
+          "{pattern} {ground}.", "on {pattern} {ground}, {count}. {objects}.")
+_SHORT = ("a {colour} {shape}", "a {shape}", "a {shape} on {ground}", "{count}")
+_NUMBER = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def captions(scenes: Scenes, field: str = "long") -> list[str]:
+    """N captions: `long` states everything in varied wording, `short` leaves most of it out."""
+    places, out = PLACES[scenes.difficulty.grid], []
+    shapes, colours, sizes, grounds = SHAPES, tuple(COLOURS), tuple(SIZES), tuple(BACKGROUNDS)
+    for i in range(len(scenes)):
+        words = iter(scenes.words[i].tolist())
+        pick = lambda options: options[next(words) % len(options)]
+        say = lambda word: pick(_WORDS[word])
+        ground, pattern = divmod(int(scenes.background[i]), len(PATTERNS))
+        present = [k for k in range(scenes.place.shape[1]) if scenes.place[i, k] >= 0]
+        objects = [dict(size=say(sizes[scenes.size[i, k]]), colour=colours[scenes.colour[i, k]],
+                        shape=say(shapes[scenes.shape[i, k]]), place=places[scenes.place[i, k]]) for k in present]
+        count = f"{_NUMBER[len(present) - 1]} {pick(('object', 'shape'))}{'s' * (len(present) > 1)}"
+        context = dict(count=count, ground=grounds[ground], pattern=say(PATTERNS[pattern]))
+        if field == "short":
+            out.append(pick(_SHORT).format(**objects[0], **context))
+        else:
+            phrases = [pick(_OBJECT).format(**o) for o in objects]
+            joined = ", ".join(phrases[:-1]) + (" and " if len(phrases) > 1 else "") + phrases[-1]
+            out.append(pick(_SCENE).format(objects=joined, **context))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a scene back: prompt accuracy
+# ---------------------------------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=4)
+def _templates(cell: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every object that a cell of `cell` pixels may hold: alpha (T, cell * cell), shape (T,), size (T,)."""
+    offsets = torch.linspace(-JITTER, JITTER, 7)
+    shape, size, ix, iy = torch.cartesian_prod(torch.arange(len(SHAPES)), torch.arange(len(SIZES)),
+                                               torch.arange(7), torch.arange(7)).T
+    dx, dy = offsets[ix], offsets[iy]
+    radius = torch.tensor(list(SIZES.values()))[size]
+    axis = (torch.arange(cell) + 0.5) / cell - 0.5
+    x, y, r = axis[None, None, :] - dx[:, None, None], axis[None, :, None] - dy[:, None, None], radius[:, None, None]
+    d = torch.stack([_distance(k, x, y, r) for k in range(len(SHAPES))])           # (shapes, T, cell, cell)
+    d = d.gather(0, shape[None, :, None, None].expand(1, -1, cell, cell))[0]
+    return (0.5 - d * cell).clamp(0, 1).flatten(1), shape, size
+
+
+def match(images: torch.Tensor, difficulty: Difficulty = MICRO) -> dict[str, torch.Tensor]:
+    """Read scenes from images by least squares: the best background, then in each cell the best object or none.
+
+    images: uint8 (N, 3, H, W). Returns `background` (N,), `present` (N, cells) bool, and `shape`, `colour`, `size`
+    (N, cells), all on CPU. In a cell, every template m (shape, size, offset) in every colour c is composited over the
+    background B; the residual |x - B - m (c - B)|^2 is expanded so that the whole search is two matrix products. An object
+    is present where the best template explains the cell better than the empty background does, with a margin.
+    """
+    grid = difficulty.grid
+    cell = min(32, images.shape[-1] // grid)
+    templates, t_shape, t_size = _templates(cell)
+    found = {k: [] for k in ("background", "present", "shape", "colour", "size")}
+    candidates = _background(torch.arange(len(BACKGROUNDS) * len(PATTERNS)), grid * cell) / 255
+    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32) / 255
+    for x in images.cpu().float().div(255).split(128):
+        if x.shape[-2:] != (grid * cell, grid * cell):
+            x = F.interpolate(x, (grid * cell, grid * cell), mode="bilinear", antialias=True)
+        n = len(x)
+        # truncated squares: objects are outliers, they must not choose the background
+        error = (x[:, None] - candidates).square().sum(2).clamp(max=0.05).sum((-1, -2))        # (n, backgrounds)
+        background = error.argmin(1)
+        B = candidates[background]                                                               # (n, 3, S, S)
+        cells = lambda a: a.unflatten(2, (grid, cell)).unflatten(4, (grid, cell)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+        r, b = cells(x - B).flatten(3), cells(B).flatten(3)                                      # (n, cells, 3, P)
+        delta = palette[:, :, None] - b[:, :, None]                                              # (n, cells, C, 3, P)
+        inner, energy = (delta * r[:, :, None]).sum(3), delta.square().sum(3)                    # (n, cells, C, P)
+        energy = energy @ templates.square().T                                                   # (n, cells, C, T)
+        gain = 2 * (inner @ templates.T) - energy                                                # residual explained away
+        best, which = gain.flatten(2).max(2)
+        colour, t = which // len(templates), which % len(templates)
+        found["background"].append(background)
+        found["present"].append(best > 0.2 * energy.flatten(2).gather(2, which[..., None])[..., 0])
+        for key, value in (("shape", t_shape[t]), ("colour", colour), ("size", t_size[t])):
+            found[key].append(value.view(n, -1))
+    return {k: torch.cat(v) for k, v in found.items()}
+
+
+ATTRIBUTES = ("count", "places", "shapes", "colours", "sizes", "background")
+
+
+def score(images: torch.Tensor, scenes: Scenes) -> dict[str, torch.Tensor]:
+    """Prompt accuracy of images (uint8 (N, 3, H, W)) that were meant to show `scenes`.
+
+    Returns float64 (N,) per attribute: `count`, `places` (the set of occupied places) and `background` are right or
+    wrong; `shapes`, `colours`, `sizes` are the share of the scene's objects that are right, a missing object counting as
+    wrong. `accuracy` is the mean of the six; `all` is 1 where everything is right.
+    """
+    found = match(images, scenes.difficulty)
+    place = torch.as_tensor(scenes.place)
+    there, at = place >= 0, place.clamp(min=0)                                    # (N, K)
+    occupied = torch.zeros_like(found["present"]).scatter_add(1, at, there) > 0   # (N, cells)
+    count = there.sum(1)
+    out = {"count": (found["present"].sum(1) == count).double(),
+           "places": (found["present"] == occupied).all(1).double()}
+    for key, attribute in (("shape", "shapes"), ("colour", "colours"), ("size", "sizes")):
+        right = (found[key].gather(1, at) == torch.as_tensor(getattr(scenes, key))) & found["present"].gather(1, at)
+        out[attribute] = (right & there).sum(1).double() / count
+    out["background"] = (found["background"] == torch.as_tensor(scenes.background)).double()
+    out["accuracy"] = torch.stack([out[k] for k in ATTRIBUTES]).mean(0)
+    out["all"] = (torch.stack([out[k] for k in ATTRIBUTES]) == 1).all(0).double()
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A look at it
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main():
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from train_prx import save_grid  # the same grids as the trainer's
+
+    parser = argparse.ArgumentParser(description="Write a contact sheet of scenes with their captions.")
+    parser.add_argument("--track", choices=("micro", "mini"), default="micro", help="whose difficulty")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--res", type=int, default=64, help="pixels per side")
+    parser.add_argument("--n", type=int, default=16, help="how many scenes")
+    parser.add_argument("--field", choices=("long", "short"), default="long", help="which captions")
+    parser.add_argument("--out", type=Path, default=Path("scenes.png"))
+    args = parser.parse_args()
+    scenes = draw_scenes(range(args.n), args.split, MICRO if args.track == "micro" else MINI)
+    save_grid(render(scenes, args.res), captions(scenes, args.field), args.out)
+    print(f"wrote {args.out}: {args.n} scenes of split {args.split}, protocol {scenes.difficulty.protocol}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1286 @@
+"""PRX speedrun: train a text-to-image diffusion transformer from scratch, in one readable script.
+
+    python train_prx.py --track micro                  # two CPU cores, five minutes, no downloads: watch it learn
+    python train_prx.py --track mini                   # one GPU, four minutes, 256 px scenes
+    torchrun --standalone --nproc_per_node=8 train_prx.py --data SHARDS   # the 24 h track, PRX-1.2B on one 8-GPU node
+    python train_prx.py --track micro --data SHARDS    # your own images, prepared with data/prepare.py
+
+Everything a run produces is in logs/NAME: log.txt (this source included), metrics.jsonl, samples/, curve.png, checkpoint/
+and transformer/, which diffusers' PRXTransformer2DModel loads. `python eval_prx.py logs/NAME` measures it.
+
+Model: PRX, Photoroom 2026, as in diffusers' `PRXTransformer2DModel`. Records and their rules: records/README.md.
+"""
+
+from pathlib import Path
+
+SOURCE = Path(__file__).read_text()  # before anything else: the log embeds the code that ran, not what it is edited to
+
+import argparse  # noqa: E402
+import dataclasses  # noqa: E402
+import hashlib  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import os  # noqa: E402
+import platform  # noqa: E402
+import queue  # noqa: E402
+import re  # noqa: E402
+import shutil  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+import threading  # noqa: E402
+import time  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from safetensors import SafetensorError, safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import nn  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Bad input. The message is one sentence that names the value and says what to do; the exit code is 2."""
+
+
+# =====================================================================================================================
+# 2. Configuration: every knob, once, with its evidence. `--help` and the flags are made from this text.
+# =====================================================================================================================
+# "PRX part 2" is Photoroom's ablation study (FLUX VAE, 256 px, 100k steps). "micro" figures are in the README's table.
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # run
+    track: str = "24h"  # 24h | mini | micro: which data, model, budget and rules (records/README.md)
+    recipe: str = "default"  # default | baseline (PRX part 2's: AdamW 1e-4, constant, no EMA) | tuned-baseline
+    name: str = ""  # the run's folder in logs/; empty: the track's name, and the recipe's if it is not the default
+    seed: int = 0  # every random draw is a function of (seed, step, global sample index)
+    steps: int = 0  # length in steps, reproducible to the bit; 0: the length is given in hours
+    hours: float = 24.0  # length in wall-clock hours from process start to final weights on disk; 0: given in steps
+    resume: str = "auto"  # auto (newest complete checkpoint of this run) | never (start again) | a run's folder
+    stop_after: int = 0  # write a checkpoint after this many steps in all and stop, to split a run over jobs; 0: never
+    # data
+    data: str = ""  # "scenes" (the embedded data set) or a folder that data/prepare.py wrote
+    resolution: int = 256  # pixels per side of the scenes; shards bring their own
+    batch: int = 256  # images per step over all ranks; PRX part 2
+    accumulate: int = 1  # micro-batches per step, summed in FP32: one GPU gets the batch of eight
+    captions: str = "long"  # long | short | mix:P (share P of short ones). FID 18.20 with long, 36.84 with short, part 2
+    # model: PRX-1.2B
+    hidden: int = 1792  # width
+    depth: int = 16  # blocks
+    heads: int = 28  # attention heads; hidden / heads is the head dimension, a multiple of 4
+    mlp_ratio: float = 3.5  # width of the gated MLP over hidden
+    patch: int = 16  # pixels per side of a token
+    bottleneck: int = 256  # pixel space: patch -> bottleneck -> hidden; 0: one Linear
+    text: str = "google/t5gemma-2b-2b-ul2"  # frozen text encoder: Hugging Face repository or folder; "tiny": the embedded one
+    text_tokens: int = 256  # longer prompts are cut
+    # objective
+    predict: str = "x"  # x | v: what the network outputs; the loss is in v-space. In pixels x; in latents x lost on CMMD
+    shift: float = 3.0  # time shift s: t <- s t / (1 + (s - 1) t). 3.0 for pixels at 1024, part 2
+    uniform: float = 0.1  # share of times drawn uniformly instead of logit-normal
+    caption_dropout: float = 0.1  # share of captions replaced by the empty prompt, for classifier-free guidance
+    # optimizer
+    optimizer: str = "muon"  # muon (2-D weights of the blocks; the rest AdamW) | adamw. FID 18.20 -> 15.55, part 2
+    lr: float = 1e-4  # of Muon's matrices, scaled so that AdamW's rate carries over; of everything with --optimizer adamw
+    lr_adamw: float = 1e-4  # of what Muon leaves to AdamW
+    warmup: float = 0.01  # linear warm-up over this share of the run; 1,000 of 100k steps in part 2
+    decay_from: float = 0.7  # linear decay to zero from this share of the run; 1: constant, as part 2
+    momentum: float = 0.95  # Muon's, Nesterov
+    ns_steps: int = 5  # Newton-Schulz iterations
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    eps: float = 1e-8  # AdamW; 1e-15 in part 2's baseline
+    weight_decay: float = 0.0  # decoupled, of everything; part 2
+    clip: float = 1.0  # largest norm of the gradient over all parameters; 0.2 in part 2's baseline
+    ema: float = 0.999  # decay of the weights' moving average, in FP32, of the masters; 0: off
+    ema_every: int = 10  # steps between its updates
+    # precision and speed
+    compute: str = "auto"  # auto | bf16 | fp32: matmuls and activations; masters and optimizer stay FP32 (21.87 otherwise)
+    compile: str = "auto"  # auto | on | off: torch.compile of the blocks; auto: on with CUDA, off on CPU
+    # output
+    sample_steps: int = 25  # Euler steps of the sample grids
+    cfg_scale: float = 3.0  # guidance of the sample grids
+    samples: int = 4  # sample grids over the run, on the clock; 0: only the one after the end, off the clock
+    checkpoint_minutes: float = 30.0  # between checkpoints; the last two are kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of a run: its share of the budget and the knobs that differ in it (resolution, batch, captions, shift)."""
+
+    share: float = 1.0
+    knobs: dict = dataclasses.field(default_factory=dict)
+
+
+TRACKS = {
+    "24h": (Config(), [Stage()]),
+    # 256 tokens of 16 px. A guess from the micro track's search: not measured yet.
+    "mini": (Config(track="mini", data="scenes", hours=4 / 60, hidden=512, depth=8, heads=8, bottleneck=128, text="tiny",
+                    text_tokens=64, lr=2e-3, lr_adamw=2e-3, warmup=0.03, decay_from=0.3, ema=0.99, batch=256,
+                    checkpoint_minutes=5), [Stage()]),
+    "micro": (Config(track="micro", data="scenes", hours=4.8 / 60, resolution=32, batch=64, hidden=192, depth=6, heads=6,
+                     patch=8, bottleneck=0, text="tiny", text_tokens=48, lr=5e-3, lr_adamw=3e-3, warmup=0.04,
+                     decay_from=0.3, ema=0.99, ema_every=4, samples=2, checkpoint_minutes=2), [Stage()]),
+}
+
+BASELINE = dict(optimizer="adamw", lr=1e-4, eps=1e-15, weight_decay=0.0, warmup=0.01, decay_from=1.0, clip=0.2, ema=0.0)
+RECIPES = {"default": {}, "baseline": BASELINE, "tuned-baseline": BASELINE | dict(lr=2e-3)}
+STAGE_KNOBS = ("resolution", "batch", "captions", "shift")
+
+KNOB = re.compile(r"^    (\w+): (?:str|int|float) = .+?  # (.+)$", re.M)  # the comments above are the help texts
+HELP = dict(KNOB.findall(SOURCE.split("class Config:")[1].split("class Stage:")[0]))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def parse_args(argv=None) -> tuple[Config, list[Stage]]:
+    """Track's defaults < recipe < flags. Raises UserError on anything unknown or contradictory."""
+    parser = Parser(description="Train PRX. Defaults are those of the 24h track.", allow_abbrev=False)
+    for field in dataclasses.fields(Config):
+        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type if callable(field.type) else eval(field.type),
+                            default=argparse.SUPPRESS, help=f"{HELP[field.name]} [{field.default}]".replace("%", "%%"))
+    flags = vars(parser.parse_args(argv))
+    for knob, table in (("track", TRACKS), ("recipe", RECIPES)):
+        if flags.get(knob, Config.__dict__[knob]) not in table:
+            raise UserError(f"--{knob} {flags[knob]} is unknown; use one of {', '.join(table)}")
+    config, stages = TRACKS[flags.get("track", "24h")]
+    if "steps" in flags and "hours" in flags and flags["steps"] and flags["hours"]:
+        raise UserError("--steps and --hours both give the length of the run; give one of them")
+    if flags.get("steps"):
+        flags["hours"] = 0.0
+    config = dataclasses.replace(config, **RECIPES[flags.get("recipe", "default")] | flags)
+    if not config.name:
+        config = dataclasses.replace(config, name=config.track + f"-{config.recipe}" * (config.recipe != "default"))
+    stages = [Stage(s.share, {k: v for k, v in s.knobs.items() if k not in flags}) for s in stages]
+    check_config(config)
+    return config, stages
+
+
+def check_config(c: Config):
+    """Refuse what cannot work, before anything is loaded."""
+    def need(condition, message):
+        if not condition:
+            raise UserError(message)
+
+    for knob, options in dict(predict="x v", optimizer="muon adamw", compute="auto bf16 fp32", compile="auto on off").items():
+        need(getattr(c, knob) in options.split(), f"--{knob} {getattr(c, knob)} is unknown; use one of {', '.join(options.split())}")
+    for knob in ("batch", "accumulate", "hidden", "depth", "heads", "patch", "text_tokens", "lr", "ema_every", "sample_steps",
+                 "ns_steps", "shift", "checkpoint_minutes", "resolution"):
+        need(getattr(c, knob) > 0, f"--{knob.replace('_', '-')} {getattr(c, knob)} must be positive")
+    for knob in ("uniform", "caption_dropout", "warmup", "decay_from", "momentum", "beta1", "beta2", "ema"):
+        need(0 <= getattr(c, knob) <= 1, f"--{knob.replace('_', '-')} {getattr(c, knob)} must lie in 0 to 1")
+    for knob in ("steps", "hours", "stop_after", "clip", "bottleneck", "samples", "weight_decay"):
+        need(getattr(c, knob) >= 0, f"--{knob.replace('_', '-')} {getattr(c, knob)} must not be negative")
+    need(c.ema < 1, "--ema 1 would never leave the first weights; use less than 1, or 0 for none")
+    need(c.steps or c.hours, "the run has no length; give --steps or --hours")
+    need(c.warmup <= c.decay_from, f"--warmup {c.warmup} ends after --decay-from {c.decay_from} has begun; lower one of them")
+    need(c.hidden % c.heads == 0 and c.hidden // c.heads % 4 == 0,
+         f"--hidden {c.hidden} over --heads {c.heads} must be a multiple of 4 (two axes of rotated pairs)")
+    need(c.batch % c.accumulate == 0, f"--batch {c.batch} cannot be cut into --accumulate {c.accumulate} micro-batches")
+    need(re.fullmatch(r"long|short|mix:(0(\.\d+)?|1(\.0+)?)", c.captions), f"--captions {c.captions} is unknown; use long, short or mix:0.3")
+    need(re.fullmatch(r"[\w.-]+", c.name) and c.name.strip("."), f"--name {c.name!r} must be a plain folder name (letters, digits, . _ -)")
+    need(c.data != "scenes" or c.resolution % c.patch == 0, f"--resolution {c.resolution} is not a multiple of --patch {c.patch}")
+
+
+# =====================================================================================================================
+# 3. Ranks, clock and log: torchrun's variables or one plain process; rank 0 speaks, the clock never stops.
+# =====================================================================================================================
+
+@dataclasses.dataclass
+class World:
+    """This process among its peers. `control` is a gloo group for decisions on the CPU (None for one rank)."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    control: object = None
+
+    def barrier(self):
+        if self.control is not None:
+            dist.barrier(self.control)
+
+    def agree(self, *values: float) -> list[float]:
+        """The largest of each value over the ranks: a time, a flag. No GPU is synchronised."""
+        if self.control is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
+
+def setup_world() -> World:
+    """NCCL with CUDA, gloo without."""
+    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32: Muon's and the loss's
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return World(device=device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **(dict(device_id=device) if cuda else {}))
+    if not cuda and "OMP_NUM_THREADS" not in os.environ.get("PRX_THREADS", "OMP_NUM_THREADS"):
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+
+
+def process_start() -> float:
+    """When this process began, in seconds since the epoch (Linux; elsewhere: now, which misses the imports)."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        boot = next(int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK")) if boot else time.time()
+    except (OSError, StopIteration, ValueError, IndexError):
+        return time.time()
+
+
+class Clock:
+    """Wall-clock seconds of the run: since process start, plus what earlier processes of the same run took."""
+
+    def __init__(self, before: float = 0.0):
+        self.start = time.perf_counter() - (time.time() - process_start()) - before
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self.start
+
+
+class Log:
+    """log.txt for people, metrics.jsonl for machines, a progress line for the terminal. Silent on ranks other than 0."""
+
+    def __init__(self, folder: Path, world: World):
+        self.on = world.rank == 0
+        if self.on:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.text, self.metrics = open(folder / "log.txt", "a"), open(folder / "metrics.jsonl", "a")
+        self.live = self.on and sys.stderr.isatty()
+
+    def __call__(self, line: str, show: bool = True):
+        if self.on:
+            self.text.write(line + "\n")
+            self.text.flush()
+            if show:
+                print("\r\033[K" * self.live + line, flush=True)
+
+    def write(self, **record):
+        if self.on:
+            self.metrics.write(json.dumps(record) + "\n")
+            self.metrics.flush()
+
+    def progress(self, line: str):
+        if self.live:
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def describe_machine(world: World) -> dict:
+    """What a figure needs beside it to mean anything."""
+    import importlib.metadata as metadata
+
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    versions = {p: metadata.version(p) for p in ("torch", "numpy", "safetensors", "transformers", "diffusers")}
+    gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
+    return dict(python=platform.python_version(), **versions, cpu=cpu, threads=torch.get_num_threads(), gpu=gpu,
+                ranks=world.size, source_sha256=hashlib.sha256(SOURCE.encode()).hexdigest())
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """CUDA, or a CPU with BF16 instructions; without them a BF16 matmul is five times slower than FP32."""
+    if device.type == "cuda":
+        return True
+    try:
+        return bool(re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()))
+    except OSError:
+        return False
+
+
+# =====================================================================================================================
+# 4. The model: PRX. Names, shapes and numerics of the state dict are diffusers' PRXTransformer2DModel.
+# =====================================================================================================================
+
+class Linear(nn.Linear):
+    """Computes in the weight's dtype; the bias (1-D, so FP32) is cast."""
+
+    def forward(self, x):
+        return F.linear(x.to(self.weight.dtype), self.weight, None if self.bias is None else self.bias.to(self.weight.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):  # (..., dim) -> FP32
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight, eps=1e-6)
+
+
+def modulate(x, shift, scale):
+    """LayerNorm without affine in FP32, then the time's shift and scale: (B, N, D), (B, 1, D), (B, 1, D) -> (B, N, D)."""
+    return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + scale) + shift).to(x.dtype)
+
+
+def rope_table(rows: int, columns: int, axes_dim, theta: float, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, sin, each (N, head_dim / 2) in FP32: half of the pairs rotate with the row, half with the column."""
+    ids = torch.cartesian_prod(torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64))
+    angle = torch.cat([ids[:, i, None] * theta ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)
+                       for i, d in enumerate(axes_dim)], 1)
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def rotate(x, rope):
+    """Rotate neighbouring pairs of channels in FP32 (RoPE, arXiv 2104.09864). x (B, H, N, d) FP32."""
+    cos, sin = rope
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Image queries attend to text and image. Text has keys and values only, and no position."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.img_qkv_proj = Linear(dim, 3 * dim, bias=False)
+        self.norm_q = RMSNorm(dim // heads)
+        self.norm_k = RMSNorm(dim // heads)
+        self.txt_kv_proj = Linear(dim, 2 * dim, bias=False)
+        self.norm_added_k = RMSNorm(dim // heads)
+        self.to_out = nn.ModuleList([Linear(dim, dim, bias=False)])
+
+    def forward(self, x, text, rope, mask):
+        q, k, v = self.img_qkv_proj(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)        # (B, H, N, d)
+        text_k, text_v = self.txt_kv_proj(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
+        q, k = rotate(self.norm_q(q), rope).to(v.dtype), rotate(self.norm_k(k), rope).to(v.dtype)
+        k, v = torch.cat([self.norm_added_k(text_k).to(v.dtype), k], 2), torch.cat([text_v, v], 2)       # (B, H, T + N, d)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+class Modulation(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.lin = Linear(dim, 6 * dim)
+
+    def forward(self, vec):  # (B, D) -> six of (B, 1, D) in FP32
+        return self.lin(F.silu(vec)).float()[:, None].chunk(6, -1)
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads, mlp_ratio):
+        super().__init__()
+        self.attention = Attention(dim, heads)
+        self.gate_proj = Linear(dim, int(dim * mlp_ratio), bias=False)
+        self.up_proj = Linear(dim, int(dim * mlp_ratio), bias=False)
+        self.down_proj = Linear(int(dim * mlp_ratio), dim, bias=False)
+        self.modulation = Modulation(dim)
+
+    def forward(self, x, text, vec, rope, mask):
+        """x (B, N, D) image tokens, text (B, T, D), vec (B, D) time, mask (B, 1, 1, T + N) additive -> (B, N, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(vec)
+        x = x + (gate1 * self.attention(modulate(x, shift1, scale1), text, rope, mask)).to(x.dtype)
+        h = modulate(x, shift2, scale2)
+        h = self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(h))
+        return x + (gate2 * h).to(x.dtype)
+
+
+class TimeEmbedder(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.in_layer = Linear(256, dim)
+        self.out_layer = Linear(dim, dim)
+
+    def forward(self, x):
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, dim, out):
+        super().__init__()
+        self.linear = Linear(dim, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
+
+    def forward(self, x, vec):
+        shift, scale = self.adaLN_modulation(vec).float()[:, None].chunk(2, -1)
+        return self.linear(modulate(x, shift, scale)).float()
+
+
+class PRX(nn.Module):
+    """The denoiser: image or latent x_t, time and text in; x_0 or velocity out. Arguments as diffusers' config.json.
+
+    forward(x (B, C, H, W), t (B,) in (0, 1], text (B, T, context_in_dim), mask (B, T) bool or None) -> (B, C, H, W) FP32.
+    A fresh PRX outputs zero: every gate and the final layer start at zero.
+    """
+
+    def __init__(self, in_channels=16, patch_size=2, context_in_dim=2304, hidden_size=1792, mlp_ratio=3.5, num_heads=28,
+                 depth=16, axes_dim=None, theta=10000, time_factor=1000.0, time_max_period=10000, bottleneck_size=None):
+        super().__init__()
+        axes_dim = list(axes_dim or (hidden_size // num_heads // 2,) * 2)
+        self.config = dict(in_channels=in_channels, patch_size=patch_size, context_in_dim=context_in_dim,
+                           hidden_size=hidden_size, mlp_ratio=mlp_ratio, num_heads=num_heads, depth=depth, axes_dim=axes_dim,
+                           theta=theta, time_factor=time_factor, time_max_period=time_max_period,
+                           bottleneck_size=bottleneck_size)
+        patch_dim = in_channels * patch_size ** 2
+        self.img_in = (nn.Sequential(Linear(patch_dim, bottleneck_size), Linear(bottleneck_size, hidden_size))
+                       if bottleneck_size else Linear(patch_dim, hidden_size))
+        self.time_in = TimeEmbedder(hidden_size)
+        self.txt_in = Linear(context_in_dim, hidden_size)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_dim)
+        self.ropes = {}  # (rows, columns, device) -> table
+
+    @torch.no_grad()
+    def initialize(self, seed: int = 0):
+        """Matrices uniform in +-1/sqrt(fan_in) (torch's default), biases, gates and the final layer zero."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.ndim == 2 and not re.search(r"modulation\.|adaLN|final_layer", name):
+                p.copy_(torch.empty(p.shape).uniform_(-1, 1, generator=generator) * p.shape[1] ** -0.5)
+            elif p.ndim == 2 or name.endswith("bias"):
+                p.zero_()
+            else:
+                assert re.search(r"norm_(q|k|added_k)\.weight$", name), f"no rule initialises {name} {tuple(p.shape)}"
+                p.fill_(1.0)
+        return self
+
+    def set_compute_dtype(self, dtype: torch.dtype):
+        """Matrices in `dtype`, 1-D parameters in FP32 (the optimizer keeps FP32 masters of all)."""
+        for p in self.parameters():
+            p.data = p.data.to(dtype if p.ndim == 2 else torch.float32)
+        return self
+
+    def time_embedding(self, t):  # (B,) -> (B, 256): cosines, then sines, of t * time_factor * period^(-i/128)
+        freqs = torch.exp(-math.log(self.config["time_max_period"]) * torch.arange(128, device=t.device) / 128)
+        angle = self.config["time_factor"] * (t.float()[:, None] * freqs)
+        return torch.cat([angle.cos(), angle.sin()], -1)
+
+    def forward(self, x, t, text, mask=None):
+        B, C, H, W = x.shape
+        p, c = self.config["patch_size"], self.config
+        rows, columns = H // p, W // p
+        key = (rows, columns, x.device)
+        if key not in self.ropes:
+            self.ropes[key] = rope_table(rows, columns, c["axes_dim"], c["theta"], x.device)
+        h = x.unflatten(3, (columns, p)).unflatten(2, (rows, p)).permute(0, 2, 4, 1, 3, 5).reshape(B, rows * columns, -1)
+        h, text, vec = self.img_in(h), self.txt_in(text), self.time_in(self.time_embedding(t))
+        if mask is not None:  # additive and broadcast, once for all blocks
+            mask = torch.zeros(B, mask.shape[1] + h.shape[1], dtype=h.dtype, device=x.device).masked_fill_(
+                F.pad(~mask.bool(), (0, h.shape[1])), -torch.inf)[:, None, None]
+        for block in self.blocks:
+            h = block(h, text, vec, self.ropes[key], mask)
+        h = self.final_layer(h, vec)
+        return h.view(B, rows, columns, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+
+
+def flops_per_image(config: dict, tokens: int, text_tokens: int) -> float:
+    """Matmul FLOPs of one forward pass of one image. A training step is three times that."""
+    d, m, patch = config["hidden_size"], config["mlp_ratio"], config["in_channels"] * config["patch_size"] ** 2
+    block = tokens * (3 + 1 + 3 * m) * d * d + text_tokens * 2 * d * d + 6 * d * d + 2 * tokens * (tokens + text_tokens) * d
+    return 2 * (config["depth"] * block + tokens * 2 * patch * d + text_tokens * config["context_in_dim"] * d)
+
+
+# =====================================================================================================================
+# 5. Objectives: flow matching (arXiv 2210.02747, 2209.03003) with v- or x-prediction.
+# =====================================================================================================================
+
+def generator_for(device, *key: int) -> torch.Generator:
+    """A generator that is a function of the key (seed, step, purpose) alone: the same on every rank and after a resume."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def draw_times(n: int, shift: float, uniform: float, generator) -> torch.Tensor:
+    """(n,) times in [1e-3, 1), 1 is noise: logit-normal (SD3, arXiv 2403.03206), a share uniform, shifted, FP32 on CPU."""
+    t = torch.full((n,), 2.0)
+    while (outside := (t < 1e-3) | (t >= 1)).any():
+        draw = torch.where(torch.rand(n, generator=generator) < uniform, torch.rand(n, generator=generator),
+                           torch.randn(n, generator=generator).sigmoid())
+        t = torch.where(outside, shift_time(draw, shift), t)
+    return t
+
+
+def shift_time(t, shift: float):
+    """More time at high noise for s > 1: s t / (1 + (s - 1) t)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def velocity(output, x_t, t, predict: str):
+    """What the network said, as a velocity d x_t / dt = eps - x_0. For x-prediction t is clamped at 0.05."""
+    return output if predict == "v" else (x_t - output) / t.clamp(min=0.05)[:, None, None, None]
+
+
+def flow_matching_loss(model, x_0, eps, t, text, mask, predict: str):
+    """Mean squared error in v-space, per sample: (B,) FP32. x_t = (1 - t) x_0 + t eps. The clamp is on both sides."""
+    time_ = t[:, None, None, None]
+    x_t = (1 - time_) * x_0 + time_ * eps
+    target = eps - x_0 if predict == "v" else (x_t - x_0) / time_.clamp(min=0.05)
+    return (velocity(model(x_t, t, text, mask), x_t, t, predict) - target).square().mean((1, 2, 3))
+
+
+# =====================================================================================================================
+# 6. Frozen networks: the text encoder. Any Hugging Face encoder; the tiny one is in the repository.
+# =====================================================================================================================
+
+class TextEncoder:
+    """encode(prompts) -> last hidden states (B, T, width) FP32 and mask (B, T) bool, T padded to a multiple of 8.
+
+    Prompts are taken as they are: data/prepare.py and eval_prx.py clean them as diffusers' PRXPipeline does.
+    Raises UserError when the weights cannot be had.
+    """
+
+    def __init__(self, name: str, device="cpu", max_tokens: int = 256):
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        folder = str(ROOT / "data/networks/text") if name == "tiny" else name
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder)
+            cls = {"t5gemma": transformers.T5GemmaEncoderModel, "t5": transformers.T5EncoderModel}.get(config.model_type,
+                                                                                                    transformers.AutoModel)
+            if config.model_type == "t5gemma":
+                config.is_encoder_decoder = False
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            self.model = cls.from_pretrained(folder, config=config, use_safetensors=True,
+                                             dtype=torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--text {name} cannot be loaded ({reason}); give a folder, ask for access to the repository, "
+                            "or use --text tiny") from None
+        self.model.to(device).eval().requires_grad_(False)
+        self.device, self.max_tokens = device, max_tokens
+        self.width = self.encode([""])[0].shape[-1]
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.tokenizer(prompts, padding=True, pad_to_multiple_of=8, truncation=True, max_length=self.max_tokens,
+                                return_tensors="pt").to(self.device)
+        states = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+        return states.float(), tokens["attention_mask"].bool()
+
+
+# =====================================================================================================================
+# 7. Optimizer: Muon for the blocks' matrices, AdamW for the rest, one class for 1 to N ranks.
+# =====================================================================================================================
+
+def orthogonalize(G: torch.Tensor, steps: int = 5, coefficients=(3.4445, -4.7750, 2.0315)) -> torch.Tensor:
+    """Newton-Schulz: push all singular values of each matrix towards 1. G (K, rows, columns), in G's dtype.
+
+    From Keller Jordan's Muon; the quintic's coefficients are his. Same-shaped matrices go in one batched product.
+    """
+    a, b, c = coefficients
+    X = G.mT if G.shape[1] > G.shape[2] else G
+    X = X / X.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(steps):
+        A = X @ X.mT                                  # (K, n, n), n the smaller side
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)   # b A + c A^2
+        X = torch.baddbmm(X, B, X, beta=a)            # a X + (b A + c A^2) X
+    return X.mT if G.shape[1] > G.shape[2] else X
+
+
+class MuonAdamW:
+    """Muon (as torch.optim.Muon with match_rms_adamw) and AdamW (as torch.optim.AdamW) over flat FP32 vectors.
+
+    Every parameter is owned by one rank. Each rank's parameters lie one after the other in a flat vector: first its
+    Muon matrices, shape by shape, so that a stack of them is a view, then the rest. Gradients of all parameters are
+    summed in FP32 in `grads` (world, size), one row per owner; a reduce-scatter hands each owner its row, and after the
+    update an all-gather hands the weights back. `master`, `ema` and the optimizer state exist for owned parameters only.
+    """
+
+    def __init__(self, named_parameters, config: Config, world: World = World()):
+        self.params, self.config, self.world = dict(named_parameters), config, world
+        self.is_muon = {n: config.optimizer == "muon" and n.startswith("blocks.") and p.ndim == 2
+                        for n, p in self.params.items()}
+        # Owners: the heaviest parameter first, to the rank with the least work. Newton-Schulz costs rows * columns * min.
+        cost = {n: p.numel() * (min(p.shape) if self.is_muon[n] else 1) for n, p in self.params.items()}
+        load, owned = [0] * world.size, [[] for _ in range(world.size)]
+        for name in sorted(self.params, key=lambda n: (-cost[n], n)):
+            rank = load.index(min(load))
+            load[rank] += cost[name]
+            owned[rank].append(name)
+        shape = lambda n: tuple(self.params[n].shape)
+        self.layout = [sorted(names, key=lambda n: (not self.is_muon[n], shape(n) if self.is_muon[n] else (), n)) for names in owned]
+        assert sorted(sum(self.layout, [])) == sorted(self.params), "every parameter must be owned by exactly one rank"
+        self.size = max(sum(self.params[n].numel() for n in names) for names in self.layout)
+        device = next(iter(self.params.values())).device
+        zeros = lambda *s: torch.zeros(*s, dtype=torch.float32, device=device)
+        self.grads, self.master = zeros(world.size, self.size), zeros(self.size)
+        for name, view in self.views(self.master).items():
+            view.copy_(self.params[name].detach())
+        self.ema = self.master.clone() if config.ema else self.master
+        # Stacks of owned matrices: (first element, one past the last, shape (K, rows, columns))
+        self.stacks, end = [], 0
+        for s in dict.fromkeys(shape(n) for n in self.layout[world.rank] if self.is_muon[n]):
+            k = sum(shape(n) == s and self.is_muon[n] for n in self.layout[world.rank])
+            self.stacks.append((end, end + k * s[0] * s[1], (k, *s)))
+            end += k * s[0] * s[1]
+        self.split = end  # Muon's part of the flat vector ends here, AdamW's begins
+        self.state = {"momentum": zeros(end), "exp_avg": zeros(self.size - end), "exp_avg_sq": zeros(self.size - end)}
+        self.steps, self.filled, self.skipped = 0, False, zeros(())  # skipped: non-finite steps in a row
+        self.grad_views = {n: v for rank in range(world.size) for n, v in self.views(self.grads[rank], rank).items()}
+        self.publish()
+
+    def views(self, flat: torch.Tensor, rank: int | None = None) -> dict[str, torch.Tensor]:
+        """Parameter-shaped views of a flat vector in the layout of a rank (its own by default)."""
+        out, start = {}, 0
+        for name in self.layout[self.world.rank if rank is None else rank]:
+            p = self.params[name]
+            out[name] = flat[start:start + p.numel()].view(p.shape)
+            start += p.numel()
+        return out
+
+    @torch.no_grad()
+    def publish(self, flat: torch.Tensor | None = None):
+        """Give the model the masters, or any other flat vector such as `ema`, in the model's dtypes, on all ranks."""
+        flat = self.master if flat is None else flat
+        if self.world.size == 1:
+            for name, view in self.views(flat).items():
+                p = self.params[name]
+                p.data = view if p.dtype == torch.float32 else view.to(p.dtype)  # FP32: the model's weight is the master
+            return
+        gathered = torch.empty(self.world.size * self.size, dtype=flat.dtype, device=flat.device)
+        dist.all_gather_into_tensor(gathered, flat)
+        for rank, row in enumerate(gathered.view(self.world.size, -1)):
+            for name, view in self.views(row, rank).items():
+                self.params[name].data.copy_(view)
+
+    @torch.no_grad()
+    def accumulate(self):
+        """Take over the gradients of one micro-batch: FP32 sums, whatever dtype they came in."""
+        missing = [n for n, p in self.params.items() if p.grad is None]
+        assert not missing, f"no gradient reached {missing[:5]}: every parameter must take part in the loss"
+        views, grads = zip(*((self.grad_views[n], p.grad) for n, p in self.params.items()))
+        (torch._foreach_add_ if self.filled else torch._foreach_copy_)(list(views), list(grads))
+        self.filled = True
+        for p in self.params.values():
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self, lr_share: float = 1.0) -> torch.Tensor:
+        """One update with both rates times lr_share. Returns the gradient's norm before clipping, on the device.
+
+        A non-finite gradient leaves the weights as they are and counts in `skipped`, with no synchronisation.
+        """
+        c, self.filled = self.config, False
+        self.steps += 1
+        if self.world.size > 1:
+            grad = torch.empty_like(self.master)
+            dist.reduce_scatter_tensor(grad, self.grads.view(-1))
+            grad /= self.world.size
+            square = grad.square().sum()
+            dist.all_reduce(square)
+        else:
+            grad = self.grads[0]
+            square = grad.square().sum()
+        norm = square.sqrt()
+        good = norm.isfinite()
+        self.skipped = torch.where(good, 0.0, self.skipped + 1)
+        grad = torch.where(good, grad, 0.0).mul_((c.clip / (norm + 1e-6)).clamp(max=1.0).nan_to_num(0.0) if c.clip else 1.0)
+        rate = good * lr_share  # zero where the step is skipped
+        lr = c.lr if c.optimizer == "adamw" else c.lr_adamw
+
+        for start, end, shape in self.stacks:
+            g, m = grad[start:end].view(shape), self.state["momentum"][start:end].view(shape)
+            m.lerp_(g, 1 - c.momentum)
+            update = orthogonalize(g.lerp(m, c.momentum).to(self.compute_dtype(shape)), c.ns_steps).float()  # Nesterov
+            w = self.master[start:end].view(shape)
+            w.mul_(1 - rate * (c.lr * c.weight_decay))
+            w.sub_(update * (rate * (c.lr * 0.2 * max(shape[1:]) ** 0.5)))  # arXiv 2502.16982: AdamW's rate carries over
+        w, g = self.master[self.split:], grad[self.split:]
+        m, v = self.state["exp_avg"], self.state["exp_avg_sq"]
+        m.lerp_(g, 1 - c.beta1)
+        v.mul_(c.beta2).addcmul_(g, g, value=1 - c.beta2)
+        denominator = (v.sqrt() / math.sqrt(1 - c.beta2 ** self.steps)).add_(c.eps)
+        w.mul_(1 - rate * (lr * c.weight_decay))
+        w.sub_((m / denominator).mul_(rate * (lr / (1 - c.beta1 ** self.steps))))
+        if self.world.size > 1 or not all(p.dtype == torch.float32 for p in self.params.values()):
+            self.publish()
+        if c.ema and self.steps % c.ema_every == 0:  # (1 + s) / (10 + s): a short memory at first
+            self.ema.lerp_(self.master, 1 - min(c.ema, (1 + self.steps) / (10 + self.steps)) ** c.ema_every)
+        return norm
+
+    def compute_dtype(self, shape):
+        return next(p.dtype for n, p in self.params.items() if self.is_muon[n])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything this rank owns, by kind and parameter name, as FP32 views: `master/NAME`, `exp_avg/NAME`, ..."""
+        full = lambda key: torch.cat([self.state[key], self.master.new_zeros(self.size - self.split)]) if key == "momentum" \
+            else torch.cat([self.master.new_zeros(self.split), self.state[key]])
+        kinds = {"master": self.master, **({"ema": self.ema} if self.config.ema else {}), **{k: full(k) for k in self.state}}
+        wanted = lambda kind, n: kind in ("master", "ema") or (kind == "momentum") == self.is_muon[n]
+        return {f"{kind}/{n}": v for kind, flat in kinds.items() for n, v in self.views(flat).items() if wanted(kind, n)}
+
+    def load_state_dict(self, read, steps: int):
+        """`read(key)` returns the tensor `kind/NAME` from whichever rank's file holds it."""
+        self.steps = steps
+        pad = {k: self.master.new_zeros(self.size) for k in self.state}
+        for kind, flat in {"master": self.master, **({"ema": self.ema} if self.config.ema else {}), **pad}.items():
+            for name, view in self.views(flat).items():
+                if kind in ("master", "ema") or (kind == "momentum") == self.is_muon[name]:
+                    view.copy_(read(f"{kind}/{name}"))
+        for k in self.state:
+            self.state[k].copy_(pad[k][:self.split] if k == "momentum" else pad[k][self.split:])
+        self.publish()
+
+    def gather(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A flat vector of all ranks as FP32 CPU tensors by parameter name (on every rank; they all must call)."""
+        rows = flat[None]
+        if self.world.size > 1:
+            rows = torch.empty(self.world.size, self.size, dtype=flat.dtype, device=flat.device)
+            dist.all_gather_into_tensor(rows.view(-1), flat)
+        views = {n: v for rank, row in enumerate(rows) for n, v in self.views(row, rank).items()}
+        return {name: views[name].cpu() for name in self.params}
+
+
+# =====================================================================================================================
+# 8. Data: endless scenes or shards, in an order that depends on the seed alone, read ahead by a thread.
+# =====================================================================================================================
+# A batch is (images uint8 (b, 3, H, W), captions [b]): this rank's rows of global batch number i, for i from `skip` on.
+
+def choose_field(captions: str, seed: int, sample: int) -> str:
+    """long, short, or mix:P: a function of the seed and the global sample number."""
+    if not captions.startswith("mix:"):
+        return captions
+    return "short" if np.random.default_rng((seed, sample, 1)).random() < float(captions[4:]) else "long"
+
+
+class SceneData:
+    """data/scenes.py's endless training split: sample number i is scene i."""
+
+    def __init__(self, config: Config):
+        from data import scenes
+
+        self.scenes, self.config = scenes, config
+        self.difficulty = scenes.MICRO if config.track == "micro" else scenes.MINI
+        self.about = f"scenes, {self.difficulty}, protocol {self.difficulty.protocol}"
+
+    def prompts(self, n: int) -> list[str]:
+        """Held-out prompts for the grids."""
+        return self.scenes.captions(self.scenes.draw_scenes(range(n), "eval", self.difficulty))
+
+    def batches(self, c: Config, skip: int, rows: slice):
+        for i in range(skip, sys.maxsize):
+            numbers = range(i * c.batch, (i + 1) * c.batch)[rows]
+            scenes = self.scenes.draw_scenes(numbers, "train", self.difficulty, c.seed)
+            if c.captions.startswith("mix:"):
+                texts = {f: self.scenes.captions(scenes, f) for f in ("long", "short")}
+                texts = [texts[choose_field(c.captions, c.seed, n)][j] for j, n in enumerate(numbers)]
+            else:
+                texts = self.scenes.captions(scenes, c.captions)
+            yield self.scenes.render(scenes, c.resolution), texts
+
+
+class ShardData:
+    """A folder that data/prepare.py wrote: index.json and memory-mapped safetensors shards."""
+
+    FORMAT, WINDOW = 1, 8192
+
+    def __init__(self, config: Config):
+        self.folder = Path(config.data)
+        index = self.folder / "index.json"
+        if not index.exists():
+            raise UserError(f"--data {config.data} holds no index.json; give 'scenes' or a folder that data/prepare.py wrote")
+        self.index = json.loads(index.read_text())
+        if self.index.get("format") != self.FORMAT:
+            raise UserError(f"{index} has format {self.index.get('format')}, this script reads {self.FORMAT}; prepare the data again")
+        shards = self.index["shards"]
+        for s in shards:
+            if s["height"] % config.patch or s["width"] % config.patch:
+                raise UserError(f"the {s['height']} x {s['width']} images of {config.data} are not a multiple of --patch {config.patch}")
+        self.counts = np.array([s["count"] for s in shards])
+        self.first = np.concatenate([[0], self.counts.cumsum()])  # sample id of each shard's first sample
+        self.files, self.config = {}, config
+        self.about = f"{self.index['count']} images in {len(shards)} shards, captions {', '.join(self.index['captions'])}"
+
+    def open(self, shard: int):
+        if shard not in self.files:
+            path = self.folder / self.index["shards"][shard]["file"]
+            try:
+                file = safe_open(path, "pt")
+                offsets = {f: file.get_tensor(f"caption.{f}.offset").tolist() for f in self.index["captions"]}
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"shard {path} cannot be read ({error}); prepare the data again or restore the file") from None
+            self.files[shard] = file, offsets
+        return self.files[shard]
+
+    def read(self, sample: int, field: str):
+        """One image uint8 (3, H, W) and its caption."""
+        shard = int(np.searchsorted(self.first, sample, "right")) - 1
+        (file, offsets), i = self.open(shard), sample - int(self.first[shard])
+        if field not in offsets:
+            raise UserError(f"--captions needs the field {field!r}; {self.folder} has {', '.join(offsets)}")
+        start, end = offsets[field][i:i + 2]
+        text = bytes(file.get_slice(f"caption.{field}")[start:end].tolist()).decode()
+        return file.get_slice("image")[i:i + 1][0], text
+
+    def prompts(self, n: int) -> list[str]:
+        return [self.read(i % self.index["count"], "long")[1] for i in range(n)]
+
+    def order(self, c: Config):
+        """Endless global batches of sample ids, one bucket each: shards shuffled, then samples in windows; each sample
+        once per epoch, remainders of a bucket carried over."""
+        shape = [(s["height"], s["width"]) for s in self.index["shards"]]
+        pending, epoch = {}, 0
+        while True:
+            rng = np.random.default_rng((c.seed, epoch))
+            ids = np.concatenate([np.arange(self.first[s], self.first[s + 1]) for s in rng.permutation(len(self.counts))])
+            for start in range(0, len(ids), self.WINDOW):
+                for i in rng.permutation(ids[start:start + self.WINDOW]):
+                    bucket = pending.setdefault(shape[int(np.searchsorted(self.first, i, "right")) - 1], [])
+                    bucket.append(int(i))
+                    if len(bucket) == c.batch:
+                        yield bucket.copy()
+                        bucket.clear()
+            epoch += 1
+
+    def batches(self, c: Config, skip: int, rows: slice):
+        for i, ids in enumerate(self.order(c)):
+            if i >= skip:
+                first = i * c.batch + (rows.start or 0)
+                samples = [self.read(s, choose_field(c.captions, c.seed, first + j)) for j, s in enumerate(ids[rows])]
+                yield torch.stack([image for image, _ in samples]), [text for _, text in samples]
+
+
+class Prefetch:
+    """Runs an iterator in a thread, `depth` items ahead. Its exceptions come out of next(); stall counts the waiting."""
+
+    def __init__(self, iterator, depth: int = 3):
+        self.queue, self.stall, self.stopped = queue.Queue(depth), 0.0, False
+        threading.Thread(target=self.fill, args=(iterator,), daemon=True).start()
+
+    def fill(self, iterator):
+        try:
+            for item in iterator:
+                while not self.stopped:
+                    try:
+                        self.queue.put(item, timeout=0.5)
+                        break
+                    except queue.Full:
+                        pass
+                if self.stopped:
+                    return
+        except Exception as error:  # handed to the reader, who raises it
+            self.queue.put(error)
+
+    def __next__(self):
+        start = time.perf_counter()
+        item = self.queue.get()
+        self.stall += time.perf_counter() - start
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+# =====================================================================================================================
+# 9. Sampling, grids, checkpoints, export.
+# =====================================================================================================================
+
+@torch.no_grad()
+def sample(model, noise, text, mask, null_text, null_mask, *, steps: int, cfg_scale: float, shift: float, predict: str):
+    """Euler from t = 1 to 0 on a linear grid, shifted; classifier-free guidance (arXiv 2207.12598) when cfg_scale != 1.
+
+    noise (B, C, H, W) FP32; text (B, T, D), mask (B, T); null_text (1, T0, D), null_mask (1, T0). Returns (B, C, H, W).
+    """
+    B, x = len(noise), noise
+    if cfg_scale != 1:
+        T = max(text.shape[1], null_text.shape[1])
+        longer = lambda a, m: (F.pad(a, (0, 0, 0, T - a.shape[1])), F.pad(m, (0, T - m.shape[1])))
+        (text, mask), (null_text, null_mask) = longer(text, mask), longer(null_text, null_mask)
+        text = torch.cat([text, null_text.expand(B, -1, -1)])
+        mask = torch.cat([mask, null_mask.expand(B, -1)])
+    grid = shift_time(torch.linspace(1, 0, steps + 1), shift).tolist()
+    for t, t_next in zip(grid, grid[1:]):
+        x_in = x if cfg_scale == 1 else torch.cat([x, x])
+        time_ = torch.full((len(x_in),), t, device=x.device)
+        v = velocity(model(x_in, time_, text, mask), x_in, time_, predict)
+        if cfg_scale != 1:
+            conditional, unconditional = v.chunk(2)
+            v = unconditional + cfg_scale * (conditional - unconditional)
+        x = x + (t_next - t) * v
+    return x
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> uint8, (N, 3, H, W)."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(images: torch.Tensor, prompts: list[str], path: Path, columns: int = 4):
+    """Images uint8 (N, 3, H, W) as a PNG, the prompts printed underneath; small images are enlarged, pixels kept."""
+    import textwrap
+
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=11)
+    zoom = max(1, 192 // images.shape[-1])
+    side_x, side_y = images.shape[-1] * zoom, images.shape[-2] * zoom
+    lines = [textwrap.wrap(p, max(10, side_x // 6))[:8] for p in prompts]
+    text_height, gap = 13 * max(len(x) for x in lines) + 4, 8
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (side_x + gap) + gap, rows * (side_y + text_height + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(zip(images.cpu(), lines)):
+        x, y = gap + i % columns * (side_x + gap), gap + i // columns * (side_y + text_height + gap)
+        sheet.paste(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side_x, side_y), Image.NEAREST), (x, y))
+        draw.text((x, y + side_y + 2), "\n".join(text), fill="black", font=font, spacing=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def write_atomically(path: Path, write):
+    """`write(temporary path)`, flushed to disk, then renamed: a file with this name is always whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def export_transformer(config: dict, tensors: dict[str, torch.Tensor], folder: Path):
+    """A folder that diffusers' PRXTransformer2DModel.from_pretrained loads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "diffusion_pytorch_model.safetensors",
+                     lambda p: save_file({k: v.contiguous() for k, v in tensors.items()}, p, metadata={"format": "pt"}))
+    text = json.dumps({"_class_name": "PRXTransformer2DModel"} | config, indent=2) + "\n"
+    write_atomically(folder / "config.json", lambda p: p.write_text(text))
+
+
+def load_transformer(folder: Path, device="cpu") -> PRX:
+    """A PRX from such a folder, ours or diffusers', strictly, in FP32."""
+    folder = Path(folder)
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        if not (folder / name).exists():
+            raise UserError(f"{folder} holds no {name}; give a transformer folder in diffusers format")
+    config = json.loads((folder / "config.json").read_text())
+    if config.pop("resolution_embeds", None):
+        raise UserError(f"{folder} is a PRX with resolution embeddings, which this model does not have")
+    model = PRX(**{k: v for k, v in config.items() if not k.startswith("_")})
+    model.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
+    return model.to(device)
+
+
+def save_checkpoint(run: Path, optimizer: MuonAdamW, state: dict, world: World, keep: int = 2):
+    """checkpoint/step-N/: one safetensors file per rank with what it owns, by parameter name, and state.json.
+
+    Written to a temporary name, flushed, renamed when all ranks are done; the last `keep` stay. No pickle, and no RNG
+    state: every draw is a function of (seed, step), and the data position is the number of batches drawn.
+    """
+    final = run / "checkpoint" / f"step-{state['step']:08d}"
+    temporary = final.with_name(final.name + ".tmp")
+    if world.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.barrier()
+    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in optimizer.state_dict().items()}
+    write_atomically(temporary / f"rank-{world.rank}.safetensors", lambda p: save_file(tensors, p))
+    world.barrier()
+    if world.rank == 0:
+        state = state | {"ranks": world.size}
+        write_atomically(temporary / "state.json", lambda p: p.write_text(json.dumps(state, indent=2) + "\n"))
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+        for old in sorted((run / "checkpoint").glob("step-????????"))[:-keep]:
+            shutil.rmtree(old)
+    world.barrier()
+
+
+def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint of a run, and a sentence for each one passed over."""
+    notes = []
+    for folder in sorted((run / "checkpoint").glob("step-*"), reverse=True):
+        try:
+            if folder.name.endswith(".tmp"):
+                raise ValueError("it was not finished")
+            state = json.loads((folder / "state.json").read_text())
+            for rank in range(state["ranks"]):
+                safe_open(folder / f"rank-{rank}.safetensors", "pt").keys()
+            return folder, notes
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            notes.append(f"checkpoint {folder.name} is passed over: {error}")
+    return None, notes
+
+
+def load_checkpoint(folder: Path, optimizer: MuonAdamW) -> dict:
+    """Fill the optimizer and the model from a checkpoint of any number of ranks; returns its state.json."""
+    state = json.loads((folder / "state.json").read_text())
+    files = [safe_open(folder / f"rank-{rank}.safetensors", "pt") for rank in range(state["ranks"])]
+    where = {key: file for file in files for key in file.keys()}
+
+    def read(key):
+        if key not in where:
+            raise UserError(f"checkpoint {folder} has no {key}; it belongs to another model or optimizer")
+        return where[key].get_tensor(key)
+
+    optimizer.load_state_dict(read, state["optimizer_steps"])
+    return state
+
+
+def plot_curve(run: Path):
+    """curve.png: the loss over the run, raw and smoothed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    losses = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for i, loss in enumerate(record.get("losses", [])):
+            losses[record["step"] - len(record["losses"]) + i] = loss
+    steps = sorted(losses)
+    values = np.array([losses[s] for s in steps])
+    window = max(1, len(values) // 50)
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    axes.plot(steps, values, lw=0.4, alpha=0.4)
+    if len(values) > window:
+        axes.plot(steps[window - 1:], np.convolve(values, np.ones(window) / window, "valid"), lw=1.5)
+    axes.set(xlabel="step", ylabel="loss (velocity MSE)", yscale="log", title=run.name)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(run / "curve.png", dpi=110)
+    plt.close(figure)
+
+
+# =====================================================================================================================
+# 10. Training.
+# =====================================================================================================================
+
+def lr_share(progress: float, first: float, c: Config) -> float:
+    """Linear warm-up from the first step's progress, constant, linear decay to zero at 1."""
+    warm = 0.01 + (progress - first) / c.warmup if c.warmup else 1.0
+    cool = (1 - progress) / (1 - c.decay_from) if c.decay_from < 1 else 1.0
+    return max(0.0, min(1.0, warm, cool))
+
+
+def stage_at(progress: float, stages: list[Stage]) -> int:
+    ends = np.cumsum([s.share for s in stages]) / sum(s.share for s in stages)
+    return min(int(np.searchsorted(ends, progress, "right")), len(stages) - 1)
+
+
+def prepare_run(config: Config, world: World) -> tuple[Path, Path | None, list[str], float]:
+    """The run's folder, the checkpoint to go on from, notes on it, and the seconds already on the clock."""
+    run = Path("logs") / config.name
+    source = run if config.resume in ("auto", "never") else Path(config.resume)
+    checkpoint, notes = (None, []) if config.resume == "never" else find_checkpoint(source)
+    if config.resume not in ("auto", "never"):
+        if checkpoint is None:
+            raise UserError(f"--resume {config.resume} holds no complete checkpoint ({'; '.join(notes) or 'no checkpoint/step-* in it'}); "
+                            "give a run's folder such as logs/micro, or leave --resume away to start afresh")
+    if config.resume == "never" and world.rank == 0 and run.exists():
+        shutil.rmtree(run)
+    elapsed = 0.0
+    if checkpoint is not None:
+        then, now = json.loads((source / "config.json").read_text()), dataclasses.asdict(config)
+        free = {"resume", "stop_after", "name", "samples", "checkpoint_minutes", "compile"}
+        differ = [f"--{k.replace('_', '-')} was {then.get(k)}, now {v}" for k, v in now.items() if k not in free and then.get(k) != v]
+        if differ:
+            raise UserError(f"{source} was started with other settings ({'; '.join(differ)}); repeat its flags, choose another "
+                            "--name, or give --resume never to throw it away")
+        elapsed = max([json.loads(line).get("elapsed", 0.0) for line in (source / "metrics.jsonl").read_text().splitlines()
+                       if line.endswith("}")], default=0.0)
+    world.barrier()
+    return run, checkpoint, notes, elapsed
+
+
+def train(config: Config, stages: list[Stage]) -> int:
+    """Train to the end of the budget. Returns the exit code: 0, or 128 + signal after a checkpoint."""
+    if config.track == "24h" and not torch.cuda.is_available():
+        raise UserError("track 24h needs CUDA GPUs and there is none here; `python train_prx.py --track micro` runs on a CPU")
+    if not config.data:
+        raise UserError(f"track {config.track} needs --data FOLDER with shards that data/prepare.py wrote (or --data scenes)")
+    world = setup_world()
+    device, micro_batch = world.device, config.batch // config.accumulate
+    if micro_batch % world.size:
+        raise UserError(f"--batch {config.batch} over --accumulate {config.accumulate} is not a multiple of {world.size} ranks")
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, _: os._exit(128 + n) if caught else caught.append(n))
+
+    if (Path("logs") / config.name / "transformer/config.json").exists() and config.resume == "auto":
+        if world.rank == 0:
+            print(f"logs/{config.name} holds a finished run; choose another --name, or give --resume never to throw it away")
+        return 0
+    run, checkpoint, notes, elapsed = prepare_run(config, world)
+    clock, log = Clock(elapsed), Log(run, world)
+    log(f"command: {' '.join(sys.argv)}\nconfig: {json.dumps(dataclasses.asdict(config))}\nstages: {stages}\n"
+        f"machine: {json.dumps(describe_machine(world))}\n--- source\n{SOURCE}\n--- end of source", show=False)
+    for note in notes:
+        log(note)
+
+    # Data, frozen networks, model, optimizer
+    data = SceneData(config) if config.data == "scenes" else ShardData(config)
+    text_encoder = TextEncoder(config.text, device, config.text_tokens)
+    null_text, null_mask = text_encoder.encode([""])
+    fast = config.compute == "bf16" or config.compute == "auto" and has_fast_bf16(device)
+    model = PRX(in_channels=3, patch_size=config.patch, context_in_dim=text_encoder.width, hidden_size=config.hidden,
+                mlp_ratio=config.mlp_ratio, num_heads=config.heads, depth=config.depth,
+                bottleneck_size=config.bottleneck or None).initialize(config.seed).to(device)
+    masters = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.set_compute_dtype(torch.bfloat16 if fast else torch.float32)
+    optimizer = MuonAdamW(model.named_parameters(), config, world)
+    for name, view in optimizer.views(optimizer.master).items():  # FP32 masters start from the FP32 initialisation
+        view.copy_(masters[name])
+    optimizer.ema.copy_(optimizer.master)
+    optimizer.publish()
+    del masters
+    compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
+    if compiled and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        compiled = log("no C++ compiler was found, so the blocks are not compiled")
+    for block in model.blocks if compiled else ():
+        block.compile(dynamic=False)  # one graph for all blocks, one shape per resolution and text length class
+
+    state = dict(step=0, stage=0, batches=0, samples=0, first_progress=-1.0, optimizer_steps=0)
+    if checkpoint is not None:
+        state |= load_checkpoint(checkpoint, optimizer)
+        log(f"resumed from {checkpoint} at step {state['step']}, {elapsed:.0f} s on the clock")
+        log.write(event="resume", step=state["step"], elapsed=clock(), time=time.time())
+    elif world.rank == 0:
+        (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    parameters = sum(p.numel() for p in model.parameters())
+    budget = config.hours * 3600 - 1.0 - 2e-8 * parameters  # what writing the final weights takes; a guess for 1.2 B
+    log(f"{config.name}: PRX {parameters / 1e6:.1f} M parameters, {'BF16' if fast else 'FP32'} compute"
+        f"{', compiled' if compiled else ''}, {world.size} rank(s) on {device.type}, "
+        f"{f'{config.steps} steps' if config.steps else f'{config.hours * 60:.3g} minutes'}, data: {data.about}")
+
+    prompts = data.prompts(16)
+
+    def sample_grid(name: str):
+        """The fixed prompts from fixed noise, with the EMA weights."""
+        optimizer.publish(optimizer.ema)
+        size = c.resolution if config.data == "scenes" else data.index["shards"][0]["height"]
+        noise = torch.randn(len(prompts), 3, size, size, generator=generator_for("cpu", config.seed, 0, 2)).to(device)
+        with torch.compiler.set_stance("force_eager"):
+            images = sample(model, noise, *text_encoder.encode(prompts), null_text, null_mask, steps=config.sample_steps,
+                            cfg_scale=config.cfg_scale, shift=c.shift, predict=config.predict)
+        optimizer.publish()
+        if world.rank == 0:
+            save_grid(to_uint8(images), prompts, run / "samples" / f"{name}.png")
+
+    def checkpoint_now():
+        save_checkpoint(run, optimizer, state | dict(optimizer_steps=optimizer.steps), world)
+
+    def beat():
+        """Read what has gathered on the device, write one line to metrics.jsonl, show the progress."""
+        nonlocal pending, last_beat
+        if pending:
+            losses, norms, bins = (torch.stack(x) for x in zip(*[(p[0], p[1], p[2]) for p in pending]))
+            if world.size > 1:
+                dist.all_reduce(losses)
+                dist.all_reduce(bins)
+            losses, bins = (losses / world.size).tolist(), bins.sum(0)
+            rate = len(pending) * c.batch / (elapsed - last_beat)
+            flops = 3 * flops_per_image(model.config, tokens, text.shape[1]) * rate / world.size
+            log.write(step=state["step"], progress=progress, elapsed=elapsed, loss=float(np.mean(losses)), losses=losses,
+                      progresses=[p[3] for p in pending], grad_norm=norms.mean().item(), lr_share=share,
+                      loss_by_time=(bins[0] / bins[1].clamp(min=1)).tolist(), images_per_s=rate, samples=state["samples"],
+                      data_stall_s=loader.stall, stage=state["stage"])
+            left = elapsed * (1 / progress - 1) if progress else 0.0
+            mfu = f"  MFU {flops / 790e12:.1%}" if device.type == "cuda" else ""
+            line = (f"step {state['step']:6d}  {progress:6.1%}  loss {np.mean(losses):.4f}  {rate:,.0f} images/s{mfu}  "
+                    f"{elapsed:.0f} s, {left:.0f} s left")
+            log.progress(line)
+            log(line, show=False)
+            if not log.live and world.rank == 0 and int(progress * 20) > int(pending[0][3] * 20):
+                print(line, flush=True)
+            if optimizer.skipped.item() >= 10:
+                checkpoint_now()
+                raise RuntimeError(f"10 steps in a row had a non-finite gradient; step {state['step']} is in {run}/checkpoint: "
+                                   "lower --lr or --lr-adamw, or look at the data")
+        pending, last_beat = [], elapsed
+
+    stage, loader, pending, last_beat, last_checkpoint = None, None, [], clock(), clock()
+    tokens = (config.resolution // config.patch) ** 2
+    c, progress, next_grid = config, 0.0, 1
+    while True:
+        elapsed, number = world.agree(clock(), float(caught[0] if caught else 0))
+        progress = state["step"] / config.steps if config.steps else min(1.0, elapsed / budget)
+        if number or progress >= 1 or state["step"] == config.stop_after > 0:
+            break
+        if state["first_progress"] < 0:
+            state["first_progress"] = progress
+        if (now := stage_at(progress, stages)) != stage:  # a new stage: its knobs, its data from the first batch on
+            if now != state["stage"]:
+                state |= dict(stage=now, batches=0)
+            stage, c = now, dataclasses.replace(config, **stages[now].knobs)
+            if loader:
+                loader.stopped = True
+            per_rank = c.batch // world.size
+            rows = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
+            loader = Prefetch(data.batches(c, state["batches"], rows))
+
+        # All draws for the global batch, then this rank's rows: the same numbers for any number of ranks
+        images, captions = next(loader)
+        host = generator_for("cpu", c.seed, state["step"], 0)
+        t = draw_times(c.batch, c.shift, c.uniform, host)[rows].to(device)
+        dropped = (torch.rand(c.batch, generator=host) < c.caption_dropout)[rows].tolist()
+        captions = ["" if drop else caption for drop, caption in zip(dropped, captions)]
+        x_0 = images.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+        eps = torch.randn(c.batch, *x_0.shape[1:], generator=generator_for(device, c.seed, state["step"], 1), device=device)[rows]
+        tokens = x_0.shape[-1] * x_0.shape[-2] // c.patch ** 2
+
+        total, bins = torch.zeros((), device=device), torch.zeros(2, 10, device=device)
+        for part in torch.arange(per_rank).chunk(c.accumulate):
+            part = slice(int(part[0]), int(part[-1]) + 1)
+            text, mask = text_encoder.encode(captions[part])
+            loss = flow_matching_loss(model, x_0[part], eps[part], t[part], text, mask, c.predict)
+            (loss.mean() / c.accumulate).backward()
+            optimizer.accumulate()
+            total += loss.detach().sum() / per_rank
+            bins.index_add_(1, (t[part] * 10).long(), torch.stack([loss.detach(), torch.ones_like(loss)]))
+        share = lr_share(progress, state["first_progress"], c)
+        norm = optimizer.step(share)
+        pending.append((total, norm, bins, progress))
+        state |= dict(step=state["step"] + 1, batches=state["batches"] + 1, samples=state["samples"] + c.batch)
+
+        if elapsed - last_beat >= 5:
+            beat()
+        if elapsed - last_checkpoint >= config.checkpoint_minutes * 60:
+            checkpoint_now()
+            last_checkpoint = elapsed
+        if progress * (config.samples + 1) >= next_grid and next_grid <= config.samples:
+            sample_grid(f"step-{state['step']:08d}")
+            next_grid = int(progress * (config.samples + 1)) + 1
+
+    beat()
+    if progress < 1:  # a signal or --stop-after
+        checkpoint_now()
+        log(f"stopped at step {state['step']} with a checkpoint in {run}/checkpoint; the same command goes on from there")
+        return 128 + int(number) if number else 0
+    tensors = optimizer.gather(optimizer.ema)
+    if world.rank == 0:
+        export_transformer(model.config, tensors, run / "transformer")
+    seconds = clock()
+    log(f"finished: {state['step']} steps, {state['samples']:,} images, {seconds:.1f} s from process start to final weights on disk, "
+        f"data stall {loader.stall if loader else 0:.1f} s")
+    log.write(event="finished", step=state["step"], elapsed=seconds, samples=state["samples"], time=time.time())
+    checkpoint_now()
+    sample_grid("final")
+    if world.rank == 0:
+        plot_curve(run)
+    log(f"wrote {run}/transformer, {run}/samples/final.png and {run}/curve.png; next: python eval_prx.py {run}")
+    world.barrier()
+    return 0
+
+
+def main(argv=None) -> int:
+    """Exit code 0, 1 after a failure, 2 for bad input, 128 + signal after a checkpoint on a signal."""
+    try:
+        return train(*parse_args(argv))
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train_prx: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "non-finite" not in str(error):
+            raise
+        print(f"train_prx: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
