@@ -5,8 +5,8 @@
     torchrun --standalone --nproc_per_node=8 train_prx.py --data SHARDS   # the 24 h track, PRX-1.2B on one 8-GPU node
     python train_prx.py --track micro --data SHARDS    # your own images, prepared with data/prepare.py
 
-Everything a run produces is in logs/NAME: log.txt (this source included), metrics.jsonl, samples/, curve.png, checkpoint/
-and transformer/, which diffusers' PRXTransformer2DModel loads. `python eval_prx.py logs/NAME` measures it.
+Everything a run produces is in logs/NAME: log.txt (this source included), metrics.jsonl, samples/, curve.png,
+checkpoint/ and transformer/, which diffusers' PRXTransformer2DModel loads. `python eval_prx.py logs/NAME` measures it.
 
 Model: PRX, Photoroom 2026, as in diffusers' `PRXTransformer2DModel`. Records and their rules: records/README.md.
 """
@@ -39,10 +39,15 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
+PEAK_FLOPS = 790e12  # dense BF16 matmul on one H200, measured on random data; MFU is the model's own FLOPs over this
 
 
 class UserError(Exception):
     """Bad input. The message is one sentence that names the value and says what to do; the exit code is 2."""
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on; its last checkpoint stands. The exit code is 1."""
 
 
 # =====================================================================================================================
@@ -66,7 +71,7 @@ class Config:
     resolution: int = 256  # pixels per side of the scenes; shards bring their own
     batch: int = 256  # images per step over all ranks; PRX part 2
     accumulate: int = 1  # micro-batches per step, summed in FP32: one GPU gets the batch of eight
-    captions: str = "long"  # long | short | mix:P (share P of short ones). FID 18.20 with long, 36.84 with short, part 2
+    captions: str = "long"  # long | short | mix:P (share P is short). FID 18.20 long, 36.84 short, part 2
     # model: PRX-1.2B
     hidden: int = 1792  # width
     depth: int = 16  # blocks
@@ -74,16 +79,16 @@ class Config:
     mlp_ratio: float = 3.5  # width of the gated MLP over hidden
     patch: int = 16  # pixels per side of a token
     bottleneck: int = 256  # pixel space: patch -> bottleneck -> hidden; 0: one Linear
-    text: str = "google/t5gemma-2b-2b-ul2"  # frozen text encoder: Hugging Face repository or folder; "tiny": the embedded one
+    text: str = "google/t5gemma-2b-2b-ul2"  # frozen encoder: Hugging Face repository or folder; tiny: embedded
     text_tokens: int = 256  # longer prompts are cut
     # objective
-    predict: str = "x"  # x | v: what the network outputs; the loss is in v-space. In pixels x; in latents x lost on CMMD
+    predict: str = "x"  # x | v: what the network outputs; the loss is in v-space. CMMD in latents: v 0.41, x 0.54
     shift: float = 3.0  # time shift s: t <- s t / (1 + (s - 1) t). 3.0 for pixels at 1024, part 2
     uniform: float = 0.1  # share of times drawn uniformly instead of logit-normal
     caption_dropout: float = 0.1  # share of captions replaced by the empty prompt, for classifier-free guidance
     # optimizer
     optimizer: str = "muon"  # muon (2-D weights of the blocks; the rest AdamW) | adamw. FID 18.20 -> 15.55, part 2
-    lr: float = 1e-4  # of Muon's matrices, scaled so that AdamW's rate carries over; of everything with --optimizer adamw
+    lr: float = 1e-4  # of Muon's matrices, scaled so that AdamW's rate carries over; with adamw, of everything
     lr_adamw: float = 1e-4  # of what Muon leaves to AdamW
     warmup: float = 0.01  # linear warm-up over this share of the run; 1,000 of 100k steps in part 2
     decay_from: float = 0.7  # linear decay to zero from this share of the run; 1: constant, as part 2
@@ -97,7 +102,7 @@ class Config:
     ema: float = 0.999  # decay of the weights' moving average, in FP32, of the masters; 0: off
     ema_every: int = 10  # steps between its updates
     # precision and speed
-    compute: str = "auto"  # auto | bf16 | fp32: matmuls and activations; masters and optimizer stay FP32 (21.87 otherwise)
+    compute: str = "auto"  # auto | bf16 | fp32, of matmuls; masters stay FP32. FID 18.20, 21.87 otherwise, part 2
     compile: str = "auto"  # auto | on | off: torch.compile of the blocks; auto: on with CUDA, off on CPU
     # output
     sample_steps: int = 25  # Euler steps of the sample grids
@@ -117,12 +122,13 @@ class Stage:
 TRACKS = {
     "24h": (Config(), [Stage()]),
     # 256 tokens of 16 px. A guess from the micro track's search: not measured yet.
-    "mini": (Config(track="mini", data="scenes", hours=4 / 60, hidden=512, depth=8, heads=8, bottleneck=128, text="tiny",
-                    text_tokens=64, lr=2e-3, lr_adamw=2e-3, warmup=0.03, decay_from=0.3, ema=0.99, batch=256,
+    "mini": (Config(track="mini", data="scenes", hours=4 / 60, hidden=512, depth=8, heads=8, bottleneck=128,
+                    text="tiny", text_tokens=64, lr=2e-3, lr_adamw=2e-3, warmup=0.03, decay_from=0.3, ema=0.99,
                     checkpoint_minutes=5), [Stage()]),
-    "micro": (Config(track="micro", data="scenes", hours=4.8 / 60, resolution=32, batch=64, hidden=192, depth=6, heads=6,
-                     patch=8, bottleneck=0, text="tiny", text_tokens=48, lr=5e-3, lr_adamw=3e-3, warmup=0.04,
-                     decay_from=0.3, ema=0.99, ema_every=4, samples=2, checkpoint_minutes=2), [Stage()]),
+    # Settings from records/micro_search.jsonl.
+    "micro": (Config(track="micro", data="scenes", hours=4.8 / 60, resolution=32, batch=128, hidden=128, depth=6,
+                     heads=4, patch=8, bottleneck=0, text="tiny", text_tokens=48, shift=2.0, lr=5e-3, lr_adamw=3e-3,
+                     warmup=0.04, decay_from=0.3, ema=0.99, ema_every=4, samples=2, checkpoint_minutes=2), [Stage()]),
 }
 
 BASELINE = dict(optimizer="adamw", lr=1e-4, eps=1e-15, weight_decay=0.0, warmup=0.01, decay_from=1.0, clip=0.2, ema=0.0)
@@ -133,17 +139,21 @@ KNOB = re.compile(r"^    (\w+): (?:str|int|float) = .+?  # (.+)$", re.M)  # the 
 HELP = dict(KNOB.findall(SOURCE.split("class Config:")[1].split("class Stage:")[0]))
 
 
+def flag(knob: str) -> str:
+    return "--" + knob.replace("_", "-")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
 
 def parse_args(argv=None) -> tuple[Config, list[Stage]]:
-    """Track's defaults < recipe < flags. Raises UserError on anything unknown or contradictory."""
+    """The track's settings, then the recipe's, then the flags. UserError on anything unknown or contradictory."""
     parser = Parser(description="Train PRX. Defaults are those of the 24h track.", allow_abbrev=False)
     for field in dataclasses.fields(Config):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type if callable(field.type) else eval(field.type),
-                            default=argparse.SUPPRESS, help=f"{HELP[field.name]} [{field.default}]".replace("%", "%%"))
+        parser.add_argument(flag(field.name), type=field.type, default=argparse.SUPPRESS,
+                            help=f"{HELP[field.name]} [{field.default}]".replace("%", "%%"))
     flags = vars(parser.parse_args(argv))
     for knob, table in (("track", TRACKS), ("recipe", RECIPES)):
         if flags.get(knob, Config.__dict__[knob]) not in table:
@@ -167,24 +177,30 @@ def check_config(c: Config):
         if not condition:
             raise UserError(message)
 
-    for knob, options in dict(predict="x v", optimizer="muon adamw", compute="auto bf16 fp32", compile="auto on off").items():
-        need(getattr(c, knob) in options.split(), f"--{knob} {getattr(c, knob)} is unknown; use one of {', '.join(options.split())}")
-    for knob in ("batch", "accumulate", "hidden", "depth", "heads", "patch", "text_tokens", "lr", "ema_every", "sample_steps",
-                 "ns_steps", "shift", "checkpoint_minutes", "resolution"):
-        need(getattr(c, knob) > 0, f"--{knob.replace('_', '-')} {getattr(c, knob)} must be positive")
+    for knob, options in dict(predict="x v", optimizer="muon adamw", compute="auto bf16 fp32",
+                              compile="auto on off").items():
+        need(getattr(c, knob) in options.split(),
+             f"{flag(knob)} {getattr(c, knob)} is unknown; use one of {', '.join(options.split())}")
+    for knob in ("batch", "accumulate", "hidden", "depth", "heads", "patch", "text_tokens", "lr", "lr_adamw",
+                 "ema_every", "sample_steps", "ns_steps", "shift", "checkpoint_minutes", "resolution"):
+        need(getattr(c, knob) > 0, f"{flag(knob)} {getattr(c, knob)} must be positive")
     for knob in ("uniform", "caption_dropout", "warmup", "decay_from", "momentum", "beta1", "beta2", "ema"):
-        need(0 <= getattr(c, knob) <= 1, f"--{knob.replace('_', '-')} {getattr(c, knob)} must lie in 0 to 1")
+        need(0 <= getattr(c, knob) <= 1, f"{flag(knob)} {getattr(c, knob)} must lie in 0 to 1")
     for knob in ("steps", "hours", "stop_after", "clip", "bottleneck", "samples", "weight_decay"):
-        need(getattr(c, knob) >= 0, f"--{knob.replace('_', '-')} {getattr(c, knob)} must not be negative")
+        need(getattr(c, knob) >= 0, f"{flag(knob)} {getattr(c, knob)} must not be negative")
     need(c.ema < 1, "--ema 1 would never leave the first weights; use less than 1, or 0 for none")
     need(c.steps or c.hours, "the run has no length; give --steps or --hours")
-    need(c.warmup <= c.decay_from, f"--warmup {c.warmup} ends after --decay-from {c.decay_from} has begun; lower one of them")
+    need(c.warmup <= c.decay_from,
+         f"--warmup {c.warmup} ends after --decay-from {c.decay_from} begins; lower one of them")
     need(c.hidden % c.heads == 0 and c.hidden // c.heads % 4 == 0,
          f"--hidden {c.hidden} over --heads {c.heads} must be a multiple of 4 (two axes of rotated pairs)")
     need(c.batch % c.accumulate == 0, f"--batch {c.batch} cannot be cut into --accumulate {c.accumulate} micro-batches")
-    need(re.fullmatch(r"long|short|mix:(0(\.\d+)?|1(\.0+)?)", c.captions), f"--captions {c.captions} is unknown; use long, short or mix:0.3")
-    need(re.fullmatch(r"[\w.-]+", c.name) and c.name.strip("."), f"--name {c.name!r} must be a plain folder name (letters, digits, . _ -)")
-    need(c.data != "scenes" or c.resolution % c.patch == 0, f"--resolution {c.resolution} is not a multiple of --patch {c.patch}")
+    need(re.fullmatch(r"long|short|mix:(0(\.\d+)?|1(\.0+)?)", c.captions),
+         f"--captions {c.captions} is unknown; use long, short or mix:0.3")
+    need(re.fullmatch(r"[\w.-]+", c.name) and c.name.strip("."),
+         f"--name {c.name!r} must be a plain folder name (letters, digits, . _ -)")
+    need(c.data != "scenes" or c.resolution % c.patch == 0,
+         f"--resolution {c.resolution} is not a multiple of --patch {c.patch}")
 
 
 # =====================================================================================================================
@@ -223,34 +239,30 @@ def setup_world() -> World:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return World(device=device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **(dict(device_id=device) if cuda else {}))
-    if not cuda and "OMP_NUM_THREADS" not in os.environ.get("PRX_THREADS", "OMP_NUM_THREADS"):
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
 
 
-def process_start() -> float:
-    """When this process began, in seconds since the epoch (Linux; elsewhere: now, which misses the imports)."""
+def process_age() -> float:
+    """Seconds since this process began (from Linux's /proc; elsewhere 0, which misses the imports)."""
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        boot = next(int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK")) if boot else time.time()
-    except (OSError, StopIteration, ValueError, IndexError):
-        return time.time()
+        started = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return float(Path("/proc/uptime").read_text().split()[0]) - started
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 class Clock:
     """Wall-clock seconds of the run: since process start, plus what earlier processes of the same run took."""
 
     def __init__(self, before: float = 0.0):
-        self.start = time.perf_counter() - (time.time() - process_start()) - before
+        self.start = time.perf_counter() - process_age() - before
 
     def __call__(self) -> float:
         return time.perf_counter() - self.start
 
 
 class Log:
-    """log.txt for people, metrics.jsonl for machines, a progress line for the terminal. Silent on ranks other than 0."""
+    """log.txt for people, metrics.jsonl for machines, a progress line for the terminal. Only rank 0 speaks."""
 
     def __init__(self, folder: Path, world: World):
         self.on = world.rank == 0
@@ -271,31 +283,66 @@ class Log:
             self.metrics.write(json.dumps(record) + "\n")
             self.metrics.flush()
 
-    def progress(self, line: str):
+    def progress(self, line: str, new_line: bool):
+        """A live line on a terminal; elsewhere a printed line now and then."""
+        self(line, show=new_line and not self.live)
         if self.live:
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+
+class Heartbeat:
+    """Collects scalars on the device; every few seconds reads them at once and writes them down."""
+
+    EVERY = 5.0  # seconds
+
+    def __init__(self, log: Log, world: World, now: float):
+        self.log, self.world, self.last, self.pending = log, world, now, []
+
+    def add(self, loss, by_time, norm, progress: float):
+        self.pending.append((loss, by_time, norm, progress))
+
+    def beat(self, now: float, images: int, flops: float, **record):
+        """images: per step, of all ranks. flops: of a training step per image. record: what else metrics.jsonl gets."""
+        if not self.pending:
+            return
+        losses, by_time, norms = (torch.stack(x) for x in list(zip(*self.pending))[:3])
+        if self.world.size > 1:
+            dist.all_reduce(losses)
+            dist.all_reduce(by_time)
+        losses, by_time = (losses / self.world.size).tolist(), by_time.sum(0)
+        progresses = [p[3] for p in self.pending]
+        progress, rate = progresses[-1], images * len(losses) / max(now - self.last, 1e-9)
+        self.log.write(progress=progress, elapsed=now, loss=float(np.mean(losses)), losses=losses,
+                       progresses=progresses, grad_norm=norms.mean().item(),
+                       loss_by_time=(by_time[0] / by_time[1].clamp(min=1)).tolist(),
+                       images_per_s=rate, **record)
+        mfu = f"MFU {flops * rate / self.world.size / PEAK_FLOPS:.1%}  " if self.world.device.type == "cuda" else ""
+        left = now * (1 / progress - 1) if progress else 0.0
+        self.log.progress(f"step {record['step']:6d}  {progress:6.1%}  loss {np.mean(losses):.4f}  {rate:,.0f} images/s"
+                          f"  {mfu}{now:.0f} s, {left:.0f} s left", int(progress * 20) > int(progresses[0] * 20))
+        self.last, self.pending = now, []
 
 
 def describe_machine(world: World) -> dict:
     """What a figure needs beside it to mean anything."""
     import importlib.metadata as metadata
 
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    versions = {p: metadata.version(p) for p in ("torch", "numpy", "safetensors", "transformers", "diffusers")}
+    cpus = re.findall(r"model name\s*: (.+)", cpu_info()) or [platform.processor()]
+    versions = {p: metadata.version(p) for p in ("torch", "numpy", "safetensors", "transformers")}
     gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
-    return dict(python=platform.python_version(), **versions, cpu=cpu, threads=torch.get_num_threads(), gpu=gpu,
-                ranks=world.size, source_sha256=hashlib.sha256(SOURCE.encode()).hexdigest())
+    return dict(python=platform.python_version(), **versions, cpu=cpus[0], cpus=os.cpu_count(),
+                threads=torch.get_num_threads(), gpu=gpu, ranks=world.size,
+                source_sha256=hashlib.sha256(SOURCE.encode()).hexdigest())
+
+
+def cpu_info() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 def has_fast_bf16(device: torch.device) -> bool:
     """CUDA, or a CPU with BF16 instructions; without them a BF16 matmul is five times slower than FP32."""
-    if device.type == "cuda":
-        return True
-    try:
-        return bool(re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()))
-    except OSError:
-        return False
+    return device.type == "cuda" or bool(re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", cpu_info()))
 
 
 # =====================================================================================================================
@@ -306,7 +353,8 @@ class Linear(nn.Linear):
     """Computes in the weight's dtype; the bias (1-D, so FP32) is cast."""
 
     def forward(self, x):
-        return F.linear(x.to(self.weight.dtype), self.weight, None if self.bias is None else self.bias.to(self.weight.dtype))
+        dtype = self.weight.dtype
+        return F.linear(x.to(dtype), self.weight, None if self.bias is None else self.bias.to(dtype))
 
 
 class RMSNorm(nn.Module):
@@ -319,7 +367,7 @@ class RMSNorm(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """LayerNorm without affine in FP32, then the time's shift and scale: (B, N, D), (B, 1, D), (B, 1, D) -> (B, N, D)."""
+    """LayerNorm without affine, then the time's shift and scale, in FP32. x (B, N, D), shift and scale (B, 1, D)."""
     return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + scale) + shift).to(x.dtype)
 
 
@@ -352,10 +400,12 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(dim, dim, bias=False)])
 
     def forward(self, x, text, rope, mask):
-        q, k, v = self.img_qkv_proj(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)        # (B, H, N, d)
-        text_k, text_v = self.txt_kv_proj(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
+        split = lambda y, n: y.unflatten(-1, (n, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = split(self.img_qkv_proj(x), 3)              # (B, H, N, d) each
+        text_k, text_v = split(self.txt_kv_proj(text), 2)     # (B, H, T, d) each
         q, k = rotate(self.norm_q(q), rope).to(v.dtype), rotate(self.norm_k(k), rope).to(v.dtype)
-        k, v = torch.cat([self.norm_added_k(text_k).to(v.dtype), k], 2), torch.cat([text_v, v], 2)       # (B, H, T + N, d)
+        k = torch.cat([self.norm_added_k(text_k).to(v.dtype), k], 2)
+        v = torch.cat([text_v, v], 2)                         # (B, H, T + N, d)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
@@ -411,7 +461,7 @@ class FinalLayer(nn.Module):
 class PRX(nn.Module):
     """The denoiser: image or latent x_t, time and text in; x_0 or velocity out. Arguments as diffusers' config.json.
 
-    forward(x (B, C, H, W), t (B,) in (0, 1], text (B, T, context_in_dim), mask (B, T) bool or None) -> (B, C, H, W) FP32.
+    forward: x (B, C, H, W), t (B,) in (0, 1], text (B, T, context_in_dim), mask (B, T) bool or None -> (B, C, H, W).
     A fresh PRX outputs zero: every gate and the final layer start at zero.
     """
 
@@ -420,8 +470,8 @@ class PRX(nn.Module):
         super().__init__()
         axes_dim = list(axes_dim or (hidden_size // num_heads // 2,) * 2)
         self.config = dict(in_channels=in_channels, patch_size=patch_size, context_in_dim=context_in_dim,
-                           hidden_size=hidden_size, mlp_ratio=mlp_ratio, num_heads=num_heads, depth=depth, axes_dim=axes_dim,
-                           theta=theta, time_factor=time_factor, time_max_period=time_max_period,
+                           hidden_size=hidden_size, mlp_ratio=mlp_ratio, num_heads=num_heads, depth=depth,
+                           axes_dim=axes_dim, theta=theta, time_factor=time_factor, time_max_period=time_max_period,
                            bottleneck_size=bottleneck_size)
         patch_dim = in_channels * patch_size ** 2
         self.img_in = (nn.Sequential(Linear(patch_dim, bottleneck_size), Linear(bottleneck_size, hidden_size))
@@ -464,7 +514,7 @@ class PRX(nn.Module):
         key = (rows, columns, x.device)
         if key not in self.ropes:
             self.ropes[key] = rope_table(rows, columns, c["axes_dim"], c["theta"], x.device)
-        h = x.unflatten(3, (columns, p)).unflatten(2, (rows, p)).permute(0, 2, 4, 1, 3, 5).reshape(B, rows * columns, -1)
+        h = x.view(B, C, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).reshape(B, rows * columns, C * p * p)
         h, text, vec = self.img_in(h), self.txt_in(text), self.time_in(self.time_embedding(t))
         if mask is not None:  # additive and broadcast, once for all blocks
             mask = torch.zeros(B, mask.shape[1] + h.shape[1], dtype=h.dtype, device=x.device).masked_fill_(
@@ -477,9 +527,11 @@ class PRX(nn.Module):
 
 def flops_per_image(config: dict, tokens: int, text_tokens: int) -> float:
     """Matmul FLOPs of one forward pass of one image. A training step is three times that."""
-    d, m, patch = config["hidden_size"], config["mlp_ratio"], config["in_channels"] * config["patch_size"] ** 2
-    block = tokens * (3 + 1 + 3 * m) * d * d + text_tokens * 2 * d * d + 6 * d * d + 2 * tokens * (tokens + text_tokens) * d
-    return 2 * (config["depth"] * block + tokens * 2 * patch * d + text_tokens * config["context_in_dim"] * d)
+    d, patch = config["hidden_size"], config["in_channels"] * config["patch_size"] ** 2
+    linear = tokens * (4 + 3 * config["mlp_ratio"]) + text_tokens * 2 + 6      # in units of d * d
+    attention = 2 * tokens * (tokens + text_tokens)                            # in units of d
+    ends = tokens * 2 * patch + text_tokens * config["context_in_dim"]         # in units of d
+    return 2 * (config["depth"] * (linear * d * d + attention * d) + ends * d)
 
 
 # =====================================================================================================================
@@ -487,13 +539,13 @@ def flops_per_image(config: dict, tokens: int, text_tokens: int) -> float:
 # =====================================================================================================================
 
 def generator_for(device, *key: int) -> torch.Generator:
-    """A generator that is a function of the key (seed, step, purpose) alone: the same on every rank and after a resume."""
+    """A generator that depends on the key (seed, step, purpose) alone: the same on every rank and after a resume."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def draw_times(n: int, shift: float, uniform: float, generator) -> torch.Tensor:
-    """(n,) times in [1e-3, 1), 1 is noise: logit-normal (SD3, arXiv 2403.03206), a share uniform, shifted, FP32 on CPU."""
+    """(n,) times in [1e-3, 1), 1 is noise: logit-normal (SD3, arXiv 2403.03206), a share uniform, shifted. On CPU."""
     t = torch.full((n,), 2.0)
     while (outside := (t < 1e-3) | (t >= 1)).any():
         draw = torch.where(torch.rand(n, generator=generator) < uniform, torch.rand(n, generator=generator),
@@ -537,27 +589,26 @@ class TextEncoder:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         folder = str(ROOT / "data/networks/text") if name == "tiny" else name
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        encoders = {"t5gemma": transformers.T5GemmaEncoderModel, "t5": transformers.T5EncoderModel}
         try:
             config = transformers.AutoConfig.from_pretrained(folder)
-            cls = {"t5gemma": transformers.T5GemmaEncoderModel, "t5": transformers.T5EncoderModel}.get(config.model_type,
-                                                                                                    transformers.AutoModel)
-            if config.model_type == "t5gemma":
-                config.is_encoder_decoder = False
+            config.is_encoder_decoder = False
+            cls = encoders.get(config.model_type, transformers.AutoModel)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            self.model = cls.from_pretrained(folder, config=config, use_safetensors=True,
-                                             dtype=torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+            self.model = cls.from_pretrained(folder, config=config, use_safetensors=True, dtype=dtype)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--text {name} cannot be loaded ({reason}); give a folder, ask for access to the repository, "
-                            "or use --text tiny") from None
+            raise UserError(f"--text {name} cannot be loaded ({reason}); give a folder, ask for access to the "
+                            "repository, or use --text tiny") from None
         self.model.to(device).eval().requires_grad_(False)
         self.device, self.max_tokens = device, max_tokens
         self.width = self.encode([""])[0].shape[-1]
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.tokenizer(prompts, padding=True, pad_to_multiple_of=8, truncation=True, max_length=self.max_tokens,
-                                return_tensors="pt").to(self.device)
+        tokens = self.tokenizer(prompts, padding=True, pad_to_multiple_of=8, truncation=True,
+                                max_length=self.max_tokens, return_tensors="pt").to(self.device)
         states = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
         return states.float(), tokens["attention_mask"].bool()
 
@@ -584,76 +635,85 @@ def orthogonalize(G: torch.Tensor, steps: int = 5, coefficients=(3.4445, -4.7750
 class MuonAdamW:
     """Muon (as torch.optim.Muon with match_rms_adamw) and AdamW (as torch.optim.AdamW) over flat FP32 vectors.
 
-    Every parameter is owned by one rank. Each rank's parameters lie one after the other in a flat vector: first its
-    Muon matrices, shape by shape, so that a stack of them is a view, then the rest. Gradients of all parameters are
+    Every parameter is owned by one rank. A rank's parameters lie one after the other in a flat vector: first its Muon
+    matrices, shape by shape, so that a stack of them is a view, then the rest. The gradients of all parameters are
     summed in FP32 in `grads` (world, size), one row per owner; a reduce-scatter hands each owner its row, and after the
-    update an all-gather hands the weights back. `master`, `ema` and the optimizer state exist for owned parameters only.
+    update an all-gather hands the weights back. `master`, `ema` and the state exist for owned parameters only.
+
+    Build it on the FP32 model, then set the model's compute dtype, then publish().
     """
 
     def __init__(self, named_parameters, config: Config, world: World = World()):
         self.params, self.config, self.world = dict(named_parameters), config, world
         self.is_muon = {n: config.optimizer == "muon" and n.startswith("blocks.") and p.ndim == 2
                         for n, p in self.params.items()}
-        # Owners: the heaviest parameter first, to the rank with the least work. Newton-Schulz costs rows * columns * min.
+        # Owners: the costliest parameter first, to the rank with the least work. Newton-Schulz: rows * columns * min.
         cost = {n: p.numel() * (min(p.shape) if self.is_muon[n] else 1) for n, p in self.params.items()}
         load, owned = [0] * world.size, [[] for _ in range(world.size)]
         for name in sorted(self.params, key=lambda n: (-cost[n], n)):
             rank = load.index(min(load))
             load[rank] += cost[name]
             owned[rank].append(name)
-        shape = lambda n: tuple(self.params[n].shape)
-        self.layout = [sorted(names, key=lambda n: (not self.is_muon[n], shape(n) if self.is_muon[n] else (), n)) for names in owned]
-        assert sorted(sum(self.layout, [])) == sorted(self.params), "every parameter must be owned by exactly one rank"
+        shape = {n: tuple(p.shape) for n, p in self.params.items()}
+        order = lambda n: (not self.is_muon[n], shape[n] if self.is_muon[n] else (), n)
+        self.layout = [sorted(names, key=order) for names in owned]
+        twice = [n for n in self.params if sum(names.count(n) for names in self.layout) != 1]
+        assert not twice, f"every parameter must be owned by exactly one rank, unlike {twice}"
         self.size = max(sum(self.params[n].numel() for n in names) for names in self.layout)
         device = next(iter(self.params.values())).device
         zeros = lambda *s: torch.zeros(*s, dtype=torch.float32, device=device)
+        # Stacks of owned matrices: first element, one past the last, shape (K, rows, columns)
+        self.stacks, end = [], 0
+        mine = [shape[n] for n in self.layout[world.rank] if self.is_muon[n]]
+        for rows, columns in dict.fromkeys(mine):
+            k = mine.count((rows, columns))
+            self.stacks.append((end, end + k * rows * columns, (k, rows, columns)))
+            end += k * rows * columns
+        self.split = end  # Muon's part of the flat vector ends here, AdamW's begins
         self.grads, self.master = zeros(world.size, self.size), zeros(self.size)
+        self.momentum, self.exp_avg, self.exp_avg_sq = zeros(end), zeros(self.size - end), zeros(self.size - end)
         for name, view in self.views(self.master).items():
             view.copy_(self.params[name].detach())
         self.ema = self.master.clone() if config.ema else self.master
-        # Stacks of owned matrices: (first element, one past the last, shape (K, rows, columns))
-        self.stacks, end = [], 0
-        for s in dict.fromkeys(shape(n) for n in self.layout[world.rank] if self.is_muon[n]):
-            k = sum(shape(n) == s and self.is_muon[n] for n in self.layout[world.rank])
-            self.stacks.append((end, end + k * s[0] * s[1], (k, *s)))
-            end += k * s[0] * s[1]
-        self.split = end  # Muon's part of the flat vector ends here, AdamW's begins
-        self.state = {"momentum": zeros(end), "exp_avg": zeros(self.size - end), "exp_avg_sq": zeros(self.size - end)}
+        self.grad_views = {n: v for rank, row in enumerate(self.grads) for n, v in self.views(row, rank).items()}
         self.steps, self.filled, self.skipped = 0, False, zeros(())  # skipped: non-finite steps in a row
-        self.grad_views = {n: v for rank in range(world.size) for n, v in self.views(self.grads[rank], rank).items()}
         self.publish()
 
-    def views(self, flat: torch.Tensor, rank: int | None = None) -> dict[str, torch.Tensor]:
-        """Parameter-shaped views of a flat vector in the layout of a rank (its own by default)."""
-        out, start = {}, 0
+    def views(self, flat: torch.Tensor, rank: int | None = None, offset: int = 0) -> dict[str, torch.Tensor]:
+        """Parameter-shaped views of a flat vector that begins `offset` elements into a rank's layout (its own's)."""
+        out, start = {}, -offset
         for name in self.layout[self.world.rank if rank is None else rank]:
-            p = self.params[name]
-            out[name] = flat[start:start + p.numel()].view(p.shape)
-            start += p.numel()
+            end = start + self.params[name].numel()
+            if start >= 0 and end <= len(flat):
+                out[name] = flat[start:end].view(self.params[name].shape)
+            start = end
         return out
+
+    def all_ranks(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The flat vectors of all ranks as views by parameter name. Every rank must call."""
+        if self.world.size == 1:
+            return self.views(flat)
+        rows = torch.empty(self.world.size, self.size, dtype=flat.dtype, device=flat.device)
+        dist.all_gather_into_tensor(rows.view(-1), flat)
+        return {n: v for rank, row in enumerate(rows) for n, v in self.views(row, rank).items()}
 
     @torch.no_grad()
     def publish(self, flat: torch.Tensor | None = None):
-        """Give the model the masters, or any other flat vector such as `ema`, in the model's dtypes, on all ranks."""
-        flat = self.master if flat is None else flat
-        if self.world.size == 1:
-            for name, view in self.views(flat).items():
-                p = self.params[name]
-                p.data = view if p.dtype == torch.float32 else view.to(p.dtype)  # FP32: the model's weight is the master
-            return
-        gathered = torch.empty(self.world.size * self.size, dtype=flat.dtype, device=flat.device)
-        dist.all_gather_into_tensor(gathered, flat)
-        for rank, row in enumerate(gathered.view(self.world.size, -1)):
-            for name, view in self.views(row, rank).items():
-                self.params[name].data.copy_(view)
+        """Give the model the masters, or another flat vector such as `ema`, in the model's dtypes, on all ranks."""
+        for name, view in self.all_ranks(self.master if flat is None else flat).items():
+            p = self.params[name]
+            if p.dtype == torch.float32 and self.world.size == 1:
+                p.data = view  # no copy: the model's weight is the master
+            else:
+                p.data.copy_(view)
 
     @torch.no_grad()
     def accumulate(self):
         """Take over the gradients of one micro-batch: FP32 sums, whatever dtype they came in."""
         missing = [n for n, p in self.params.items() if p.grad is None]
         assert not missing, f"no gradient reached {missing[:5]}: every parameter must take part in the loss"
-        views, grads = zip(*((self.grad_views[n], p.grad) for n, p in self.params.items()))
-        (torch._foreach_add_ if self.filled else torch._foreach_copy_)(list(views), list(grads))
+        views, grads = [self.grad_views[n] for n in self.params], [p.grad for p in self.params.values()]
+        (torch._foreach_add_ if self.filled else torch._foreach_copy_)(views, grads)
         self.filled = True
         for p in self.params.values():
             p.grad = None
@@ -666,73 +726,55 @@ class MuonAdamW:
         """
         c, self.filled = self.config, False
         self.steps += 1
+        grad = self.grads[0]
         if self.world.size > 1:
             grad = torch.empty_like(self.master)
             dist.reduce_scatter_tensor(grad, self.grads.view(-1))
             grad /= self.world.size
-            square = grad.square().sum()
+        square = grad.square().sum()
+        if self.world.size > 1:
             dist.all_reduce(square)
-        else:
-            grad = self.grads[0]
-            square = grad.square().sum()
         norm = square.sqrt()
         good = norm.isfinite()
-        self.skipped = torch.where(good, 0.0, self.skipped + 1)
-        grad = torch.where(good, grad, 0.0).mul_((c.clip / (norm + 1e-6)).clamp(max=1.0).nan_to_num(0.0) if c.clip else 1.0)
+        self.skipped = torch.where(good & (self.skipped < 10), 0.0, self.skipped + 1)  # 10 in a row stay on record
+        scale = (c.clip / (norm + 1e-6)).clamp(max=1.0) if c.clip else 1.0
+        grad = torch.where(good, grad * scale, 0.0)
         rate = good * lr_share  # zero where the step is skipped
-        lr = c.lr if c.optimizer == "adamw" else c.lr_adamw
 
-        for start, end, shape in self.stacks:
-            g, m = grad[start:end].view(shape), self.state["momentum"][start:end].view(shape)
+        for start, end, shape in self.stacks:  # Muon, Nesterov
+            w, g, m = (flat[start:end].view(shape) for flat in (self.master, grad, self.momentum))
             m.lerp_(g, 1 - c.momentum)
-            update = orthogonalize(g.lerp(m, c.momentum).to(self.compute_dtype(shape)), c.ns_steps).float()  # Nesterov
-            w = self.master[start:end].view(shape)
+            dtype = self.params[self.layout[self.world.rank][0]].dtype
+            update = orthogonalize(g.lerp(m, c.momentum).to(dtype), c.ns_steps).float()
             w.mul_(1 - rate * (c.lr * c.weight_decay))
-            w.sub_(update * (rate * (c.lr * 0.2 * max(shape[1:]) ** 0.5)))  # arXiv 2502.16982: AdamW's rate carries over
-        w, g = self.master[self.split:], grad[self.split:]
-        m, v = self.state["exp_avg"], self.state["exp_avg_sq"]
+            w.sub_(update * (rate * (c.lr * 0.2 * max(shape[1:]) ** 0.5)))  # AdamW's rate fits: arXiv 2502.16982
+
+        w, g, m, v = self.master[self.split:], grad[self.split:], self.exp_avg, self.exp_avg_sq  # AdamW
+        lr = c.lr if c.optimizer == "adamw" else c.lr_adamw
         m.lerp_(g, 1 - c.beta1)
         v.mul_(c.beta2).addcmul_(g, g, value=1 - c.beta2)
         denominator = (v.sqrt() / math.sqrt(1 - c.beta2 ** self.steps)).add_(c.eps)
         w.mul_(1 - rate * (lr * c.weight_decay))
         w.sub_((m / denominator).mul_(rate * (lr / (1 - c.beta1 ** self.steps))))
-        if self.world.size > 1 or not all(p.dtype == torch.float32 for p in self.params.values()):
-            self.publish()
+
+        self.publish()
         if c.ema and self.steps % c.ema_every == 0:  # (1 + s) / (10 + s): a short memory at first
             self.ema.lerp_(self.master, 1 - min(c.ema, (1 + self.steps) / (10 + self.steps)) ** c.ema_every)
         return norm
 
-    def compute_dtype(self, shape):
-        return next(p.dtype for n, p in self.params.items() if self.is_muon[n])
-
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Everything this rank owns, by kind and parameter name, as FP32 views: `master/NAME`, `exp_avg/NAME`, ..."""
-        full = lambda key: torch.cat([self.state[key], self.master.new_zeros(self.size - self.split)]) if key == "momentum" \
-            else torch.cat([self.master.new_zeros(self.split), self.state[key]])
-        kinds = {"master": self.master, **({"ema": self.ema} if self.config.ema else {}), **{k: full(k) for k in self.state}}
-        wanted = lambda kind, n: kind in ("master", "ema") or (kind == "momentum") == self.is_muon[n]
-        return {f"{kind}/{n}": v for kind, flat in kinds.items() for n, v in self.views(flat).items() if wanted(kind, n)}
+        """Views of everything this rank owns, in FP32, by kind and parameter: `master/NAME`, `momentum/NAME`, ..."""
+        flats = {"master": (self.master, 0), "momentum": (self.momentum, 0), "exp_avg": (self.exp_avg, self.split),
+                 "exp_avg_sq": (self.exp_avg_sq, self.split)} | ({"ema": (self.ema, 0)} if self.config.ema else {})
+        return {f"{kind}/{name}": view for kind, (flat, offset) in flats.items()
+                for name, view in self.views(flat, offset=offset).items()}
 
     def load_state_dict(self, read, steps: int):
-        """`read(key)` returns the tensor `kind/NAME` from whichever rank's file holds it."""
+        """`read(key)` returns a tensor of state_dict(), from whichever rank's file holds it."""
+        for key, view in self.state_dict().items():
+            view.copy_(read(key))
         self.steps = steps
-        pad = {k: self.master.new_zeros(self.size) for k in self.state}
-        for kind, flat in {"master": self.master, **({"ema": self.ema} if self.config.ema else {}), **pad}.items():
-            for name, view in self.views(flat).items():
-                if kind in ("master", "ema") or (kind == "momentum") == self.is_muon[name]:
-                    view.copy_(read(f"{kind}/{name}"))
-        for k in self.state:
-            self.state[k].copy_(pad[k][:self.split] if k == "momentum" else pad[k][self.split:])
         self.publish()
-
-    def gather(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A flat vector of all ranks as FP32 CPU tensors by parameter name (on every rank; they all must call)."""
-        rows = flat[None]
-        if self.world.size > 1:
-            rows = torch.empty(self.world.size, self.size, dtype=flat.dtype, device=flat.device)
-            dist.all_gather_into_tensor(rows.view(-1), flat)
-        views = {n: v for rank, row in enumerate(rows) for n, v in self.views(row, rank).items()}
-        return {name: views[name].cpu() for name in self.params}
 
 
 # =====================================================================================================================
@@ -756,6 +798,7 @@ class SceneData:
         self.scenes, self.config = scenes, config
         self.difficulty = scenes.MICRO if config.track == "micro" else scenes.MINI
         self.about = f"scenes, {self.difficulty}, protocol {self.difficulty.protocol}"
+        self.size = (config.resolution, config.resolution)
 
     def prompts(self, n: int) -> list[str]:
         """Held-out prompts for the grids."""
@@ -782,18 +825,21 @@ class ShardData:
         self.folder = Path(config.data)
         index = self.folder / "index.json"
         if not index.exists():
-            raise UserError(f"--data {config.data} holds no index.json; give 'scenes' or a folder that data/prepare.py wrote")
+            raise UserError(f"--data {config.data} holds no index.json; give 'scenes' or a folder that data/prepare.py "
+                            "wrote")
         self.index = json.loads(index.read_text())
         if self.index.get("format") != self.FORMAT:
-            raise UserError(f"{index} has format {self.index.get('format')}, this script reads {self.FORMAT}; prepare the data again")
+            raise UserError(f"{index} has format {self.index.get('format')}, this script reads {self.FORMAT}; prepare "
+                            "the data again")
         shards = self.index["shards"]
         for s in shards:
             if s["height"] % config.patch or s["width"] % config.patch:
-                raise UserError(f"the {s['height']} x {s['width']} images of {config.data} are not a multiple of --patch {config.patch}")
-        self.counts = np.array([s["count"] for s in shards])
-        self.first = np.concatenate([[0], self.counts.cumsum()])  # sample id of each shard's first sample
+                raise UserError(f"the {s['height']} x {s['width']} images of {config.data} are not a multiple of "
+                                f"--patch {config.patch}")
+        self.first = np.cumsum([0] + [s["count"] for s in shards])  # the id of each shard's first sample
         self.files, self.config = {}, config
-        self.about = f"{self.index['count']} images in {len(shards)} shards, captions {', '.join(self.index['captions'])}"
+        self.about = f"{self.index['count']} images, {len(shards)} shards, captions {', '.join(self.index['captions'])}"
+        self.size = (shards[0]["height"], shards[0]["width"])  # of the sample grids
 
     def open(self, shard: int):
         if shard not in self.files:
@@ -802,7 +848,8 @@ class ShardData:
                 file = safe_open(path, "pt")
                 offsets = {f: file.get_tensor(f"caption.{f}.offset").tolist() for f in self.index["captions"]}
             except (OSError, SafetensorError) as error:
-                raise UserError(f"shard {path} cannot be read ({error}); prepare the data again or restore the file") from None
+                raise UserError(f"shard {path} cannot be read ({error}); restore the file or prepare the data again"
+                                ) from None
             self.files[shard] = file, offsets
         return self.files[shard]
 
@@ -826,7 +873,7 @@ class ShardData:
         pending, epoch = {}, 0
         while True:
             rng = np.random.default_rng((c.seed, epoch))
-            ids = np.concatenate([np.arange(self.first[s], self.first[s + 1]) for s in rng.permutation(len(self.counts))])
+            ids = np.concatenate([np.arange(self.first[s], self.first[s + 1]) for s in rng.permutation(len(shape))])
             for start in range(0, len(ids), self.WINDOW):
                 for i in rng.permutation(ids[start:start + self.WINDOW]):
                     bucket = pending.setdefault(shape[int(np.searchsorted(self.first, i, "right")) - 1], [])
@@ -845,7 +892,7 @@ class ShardData:
 
 
 class Prefetch:
-    """Runs an iterator in a thread, `depth` items ahead. Its exceptions come out of next(); stall counts the waiting."""
+    """Runs an iterator in a thread, `depth` items ahead. Its exceptions come out of next(); stall counts the wait."""
 
     def __init__(self, iterator, depth: int = 3):
         self.queue, self.stall, self.stopped = queue.Queue(depth), 0.0, False
@@ -978,7 +1025,7 @@ def save_checkpoint(run: Path, optimizer: MuonAdamW, state: dict, world: World, 
     write_atomically(temporary / f"rank-{world.rank}.safetensors", lambda p: save_file(tensors, p))
     world.barrier()
     if world.rank == 0:
-        state = state | {"ranks": world.size}
+        state = state | {"ranks": world.size, "optimizer_steps": optimizer.steps}
         write_atomically(temporary / "state.json", lambda p: p.write_text(json.dumps(state, indent=2) + "\n"))
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
@@ -1059,51 +1106,82 @@ def stage_at(progress: float, stages: list[Stage]) -> int:
     return min(int(np.searchsorted(ends, progress, "right")), len(stages) - 1)
 
 
-def prepare_run(config: Config, world: World) -> tuple[Path, Path | None, list[str], float]:
-    """The run's folder, the checkpoint to go on from, notes on it, and the seconds already on the clock."""
+def find_run(config: Config) -> tuple[Path, Path | None, list[str], float]:
+    """The run's folder, the checkpoint to go on from, notes on those passed over, and the seconds on its clock."""
     run = Path("logs") / config.name
-    source = run if config.resume in ("auto", "never") else Path(config.resume)
-    checkpoint, notes = (None, []) if config.resume == "never" else find_checkpoint(source)
-    if config.resume not in ("auto", "never"):
-        if checkpoint is None:
-            raise UserError(f"--resume {config.resume} holds no complete checkpoint ({'; '.join(notes) or 'no checkpoint/step-* in it'}); "
-                            "give a run's folder such as logs/micro, or leave --resume away to start afresh")
-    if config.resume == "never" and world.rank == 0 and run.exists():
-        shutil.rmtree(run)
-    elapsed = 0.0
-    if checkpoint is not None:
-        then, now = json.loads((source / "config.json").read_text()), dataclasses.asdict(config)
-        free = {"resume", "stop_after", "name", "samples", "checkpoint_minutes", "compile"}
-        differ = [f"--{k.replace('_', '-')} was {then.get(k)}, now {v}" for k, v in now.items() if k not in free and then.get(k) != v]
-        if differ:
-            raise UserError(f"{source} was started with other settings ({'; '.join(differ)}); repeat its flags, choose another "
-                            "--name, or give --resume never to throw it away")
-        elapsed = max([json.loads(line).get("elapsed", 0.0) for line in (source / "metrics.jsonl").read_text().splitlines()
-                       if line.endswith("}")], default=0.0)
-    world.barrier()
-    return run, checkpoint, notes, elapsed
+    if config.resume == "never":
+        return run, None, [], 0.0
+    source = run if config.resume == "auto" else Path(config.resume)
+    checkpoint, notes = find_checkpoint(source)
+    if checkpoint is None:
+        if config.resume != "auto":
+            raise UserError(f"--resume {config.resume} holds no complete checkpoint "
+                            f"({'; '.join(notes) or 'there is no checkpoint/step-* in it'}); give a run's folder such "
+                            "as logs/micro, or leave --resume away")
+        return run, None, notes, 0.0
+    then = json.loads((source / "config.json").read_text())
+    free = {"resume", "stop_after", "name", "samples", "checkpoint_minutes", "compile"}
+    differ = [f"{flag(k)} was {then.get(k)}, now {v}" for k, v in dataclasses.asdict(config).items()
+              if k not in free and then.get(k) != v]
+    if differ:
+        raise UserError(f"{source} was started with other settings ({'; '.join(differ)}); repeat its flags, choose "
+                        "another --name, or give --resume never to throw it away")
+    lines = [line for line in (source / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return run, checkpoint, notes, max([json.loads(line)["elapsed"] for line in lines], default=0.0)
+
+
+def draw_batch(images, captions, c: Config, step: int, rows: slice, device):
+    """What a step needs, for this rank's rows: x_0, eps (b, 3, H, W), t (b,), captions with some dropped.
+
+    All draws are made for the global batch and then cut, so that they are the same for any number of ranks.
+    """
+    host = generator_for("cpu", c.seed, step, 0)
+    t = draw_times(c.batch, c.shift, c.uniform, host)[rows].to(device)
+    dropped = (torch.rand(c.batch, generator=host) < c.caption_dropout)[rows].tolist()
+    captions = ["" if drop else caption for drop, caption in zip(dropped, captions)]
+    x_0 = images.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+    noise = generator_for(device, c.seed, step, 1)
+    eps = torch.randn(c.batch, *x_0.shape[1:], generator=noise, device=device)[rows]
+    return x_0, eps, t, captions
+
+
+def sample_fixed_prompts(model, optimizer, text_encoder, prompts, size, c: Config, path: Path, world: World):
+    """The same prompts from the same noise at every call, with the EMA weights. All ranks call, rank 0 writes."""
+    optimizer.publish(optimizer.ema)
+    noise = torch.randn(len(prompts), 3, *size, generator=generator_for("cpu", c.seed, 0, 2)).to(world.device)
+    with torch.compiler.set_stance("force_eager"):  # another batch size: not worth a compilation
+        images = sample(model, noise, *text_encoder.encode(prompts), *text_encoder.encode([""]), steps=c.sample_steps,
+                        cfg_scale=c.cfg_scale, shift=c.shift, predict=c.predict)
+    optimizer.publish()
+    if world.rank == 0:
+        save_grid(to_uint8(images), prompts, path)
 
 
 def train(config: Config, stages: list[Stage]) -> int:
     """Train to the end of the budget. Returns the exit code: 0, or 128 + signal after a checkpoint."""
     if config.track == "24h" and not torch.cuda.is_available():
-        raise UserError("track 24h needs CUDA GPUs and there is none here; `python train_prx.py --track micro` runs on a CPU")
+        raise UserError("track 24h needs CUDA GPUs and there is none here; "
+                        "`python train_prx.py --track micro` runs on a CPU")
     if not config.data:
-        raise UserError(f"track {config.track} needs --data FOLDER with shards that data/prepare.py wrote (or --data scenes)")
+        raise UserError(f"track {config.track} needs --data FOLDER with shards that data/prepare.py wrote")
     world = setup_world()
-    device, micro_batch = world.device, config.batch // config.accumulate
-    if micro_batch % world.size:
-        raise UserError(f"--batch {config.batch} over --accumulate {config.accumulate} is not a multiple of {world.size} ranks")
-    caught = []
+    device = world.device
+    if config.batch // config.accumulate % world.size:
+        raise UserError(f"--batch {config.batch} over --accumulate {config.accumulate} is not a multiple of "
+                        f"{world.size} ranks")
+    caught = []  # the first signal is noted, the second one ends the process
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: os._exit(128 + n) if caught else caught.append(n))
 
-    if (Path("logs") / config.name / "transformer/config.json").exists() and config.resume == "auto":
+    run, checkpoint, notes, before = find_run(config)
+    if config.resume == "auto" and (run / "transformer/config.json").exists():
         if world.rank == 0:
-            print(f"logs/{config.name} holds a finished run; choose another --name, or give --resume never to throw it away")
+            print(f"{run} holds a finished run; choose another --name, or give --resume never to throw it away")
         return 0
-    run, checkpoint, notes, elapsed = prepare_run(config, world)
-    clock, log = Clock(elapsed), Log(run, world)
+    world.barrier()
+    if world.rank == 0 and config.resume == "never":
+        shutil.rmtree(run, ignore_errors=True)
+    clock, log = Clock(before), Log(run, world)
     log(f"command: {' '.join(sys.argv)}\nconfig: {json.dumps(dataclasses.asdict(config))}\nstages: {stages}\n"
         f"machine: {json.dumps(describe_machine(world))}\n--- source\n{SOURCE}\n--- end of source", show=False)
     for note in notes:
@@ -1112,151 +1190,105 @@ def train(config: Config, stages: list[Stage]) -> int:
     # Data, frozen networks, model, optimizer
     data = SceneData(config) if config.data == "scenes" else ShardData(config)
     text_encoder = TextEncoder(config.text, device, config.text_tokens)
-    null_text, null_mask = text_encoder.encode([""])
-    fast = config.compute == "bf16" or config.compute == "auto" and has_fast_bf16(device)
+    bf16 = config.compute == "bf16" or config.compute == "auto" and has_fast_bf16(device)
     model = PRX(in_channels=3, patch_size=config.patch, context_in_dim=text_encoder.width, hidden_size=config.hidden,
                 mlp_ratio=config.mlp_ratio, num_heads=config.heads, depth=config.depth,
                 bottleneck_size=config.bottleneck or None).initialize(config.seed).to(device)
-    masters = {n: p.detach().clone() for n, p in model.named_parameters()}
-    model.set_compute_dtype(torch.bfloat16 if fast else torch.float32)
     optimizer = MuonAdamW(model.named_parameters(), config, world)
-    for name, view in optimizer.views(optimizer.master).items():  # FP32 masters start from the FP32 initialisation
-        view.copy_(masters[name])
-    optimizer.ema.copy_(optimizer.master)
+    model.set_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
     optimizer.publish()
-    del masters
     compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
     if compiled and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        compiled = log("no C++ compiler was found, so the blocks are not compiled")
+        compiled = False
+        log("no C++ compiler was found, so the blocks are not compiled")
     for block in model.blocks if compiled else ():
-        block.compile(dynamic=False)  # one graph for all blocks, one shape per resolution and text length class
+        block.compile(dynamic=False)  # one graph for all blocks, one shape per resolution and text length
 
-    state = dict(step=0, stage=0, batches=0, samples=0, first_progress=-1.0, optimizer_steps=0)
-    if checkpoint is not None:
+    state = dict(step=0, stage=0, batches=0, samples=0, first_progress=None)
+    if checkpoint:
         state |= load_checkpoint(checkpoint, optimizer)
-        log(f"resumed from {checkpoint} at step {state['step']}, {elapsed:.0f} s on the clock")
+        log(f"resumed from {checkpoint} at step {state['step']}, {before:.0f} s on the clock")
         log.write(event="resume", step=state["step"], elapsed=clock(), time=time.time())
-    elif world.rank == 0:
+    if world.rank == 0 and not (run / "config.json").exists():
         (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     parameters = sum(p.numel() for p in model.parameters())
-    budget = config.hours * 3600 - 1.0 - 2e-8 * parameters  # what writing the final weights takes; a guess for 1.2 B
-    log(f"{config.name}: PRX {parameters / 1e6:.1f} M parameters, {'BF16' if fast else 'FP32'} compute"
-        f"{', compiled' if compiled else ''}, {world.size} rank(s) on {device.type}, "
-        f"{f'{config.steps} steps' if config.steps else f'{config.hours * 60:.3g} minutes'}, data: {data.about}")
+    budget = config.hours * 3600 - 1.0 - 2e-8 * parameters  # less the time to write the weights; a guess for 1.2 B
+    length = f"{config.steps} steps" if config.steps else f"{config.hours * 60:.3g} minutes"
+    log(f"{config.name}: PRX {parameters / 1e6:.1f} M parameters, {'BF16' if bf16 else 'FP32'} compute"
+        f"{', compiled' if compiled else ''}, {world.size} rank(s) on {device.type}, {length}, data: {data.about}")
 
     prompts = data.prompts(16)
+    grid = lambda name: sample_fixed_prompts(model, optimizer, text_encoder, prompts, data.size, c,
+                                             run / "samples" / f"{name}.png", world)
+    stage, loader, next_grid, c = None, None, None, config
+    [elapsed] = world.agree(clock())
+    heart, last_checkpoint = Heartbeat(log, world, elapsed), elapsed
 
-    def sample_grid(name: str):
-        """The fixed prompts from fixed noise, with the EMA weights."""
-        optimizer.publish(optimizer.ema)
-        size = c.resolution if config.data == "scenes" else data.index["shards"][0]["height"]
-        noise = torch.randn(len(prompts), 3, size, size, generator=generator_for("cpu", config.seed, 0, 2)).to(device)
-        with torch.compiler.set_stance("force_eager"):
-            images = sample(model, noise, *text_encoder.encode(prompts), null_text, null_mask, steps=config.sample_steps,
-                            cfg_scale=config.cfg_scale, shift=c.shift, predict=config.predict)
-        optimizer.publish()
-        if world.rank == 0:
-            save_grid(to_uint8(images), prompts, run / "samples" / f"{name}.png")
+    def heartbeat():
+        tokens = x_0.shape[2] * x_0.shape[3] // c.patch ** 2
+        heart.beat(elapsed, c.batch, 3 * flops_per_image(model.config, tokens, text.shape[1]), step=state["step"],
+                   samples=state["samples"], stage=stage, data_stall_s=loader.stall)
+        if optimizer.skipped.item() >= 10:
+            save_checkpoint(run, optimizer, state, world)
+            raise TrainingFailed(f"10 steps in a row had a non-finite gradient; step {state['step']} is kept in "
+                                 f"{run}/checkpoint: lower --lr or --lr-adamw, or look at the data")
 
-    def checkpoint_now():
-        save_checkpoint(run, optimizer, state | dict(optimizer_steps=optimizer.steps), world)
-
-    def beat():
-        """Read what has gathered on the device, write one line to metrics.jsonl, show the progress."""
-        nonlocal pending, last_beat
-        if pending:
-            losses, norms, bins = (torch.stack(x) for x in zip(*[(p[0], p[1], p[2]) for p in pending]))
-            if world.size > 1:
-                dist.all_reduce(losses)
-                dist.all_reduce(bins)
-            losses, bins = (losses / world.size).tolist(), bins.sum(0)
-            rate = len(pending) * c.batch / (elapsed - last_beat)
-            flops = 3 * flops_per_image(model.config, tokens, text.shape[1]) * rate / world.size
-            log.write(step=state["step"], progress=progress, elapsed=elapsed, loss=float(np.mean(losses)), losses=losses,
-                      progresses=[p[3] for p in pending], grad_norm=norms.mean().item(), lr_share=share,
-                      loss_by_time=(bins[0] / bins[1].clamp(min=1)).tolist(), images_per_s=rate, samples=state["samples"],
-                      data_stall_s=loader.stall, stage=state["stage"])
-            left = elapsed * (1 / progress - 1) if progress else 0.0
-            mfu = f"  MFU {flops / 790e12:.1%}" if device.type == "cuda" else ""
-            line = (f"step {state['step']:6d}  {progress:6.1%}  loss {np.mean(losses):.4f}  {rate:,.0f} images/s{mfu}  "
-                    f"{elapsed:.0f} s, {left:.0f} s left")
-            log.progress(line)
-            log(line, show=False)
-            if not log.live and world.rank == 0 and int(progress * 20) > int(pending[0][3] * 20):
-                print(line, flush=True)
-            if optimizer.skipped.item() >= 10:
-                checkpoint_now()
-                raise RuntimeError(f"10 steps in a row had a non-finite gradient; step {state['step']} is in {run}/checkpoint: "
-                                   "lower --lr or --lr-adamw, or look at the data")
-        pending, last_beat = [], elapsed
-
-    stage, loader, pending, last_beat, last_checkpoint = None, None, [], clock(), clock()
-    tokens = (config.resolution // config.patch) ** 2
-    c, progress, next_grid = config, 0.0, 1
     while True:
         elapsed, number = world.agree(clock(), float(caught[0] if caught else 0))
         progress = state["step"] / config.steps if config.steps else min(1.0, elapsed / budget)
         if number or progress >= 1 or state["step"] == config.stop_after > 0:
             break
-        if state["first_progress"] < 0:
-            state["first_progress"] = progress
+        if next_grid is None:
+            state["first_progress"] = progress if state["first_progress"] is None else state["first_progress"]
+            next_grid = int(progress * (config.samples + 1)) + 1
         if (now := stage_at(progress, stages)) != stage:  # a new stage: its knobs, its data from the first batch on
             if now != state["stage"]:
                 state |= dict(stage=now, batches=0)
             stage, c = now, dataclasses.replace(config, **stages[now].knobs)
             if loader:
                 loader.stopped = True
-            per_rank = c.batch // world.size
-            rows = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
+            share = c.batch // world.size
+            rows = slice(world.rank * share, (world.rank + 1) * share)
             loader = Prefetch(data.batches(c, state["batches"], rows))
 
-        # All draws for the global batch, then this rank's rows: the same numbers for any number of ranks
-        images, captions = next(loader)
-        host = generator_for("cpu", c.seed, state["step"], 0)
-        t = draw_times(c.batch, c.shift, c.uniform, host)[rows].to(device)
-        dropped = (torch.rand(c.batch, generator=host) < c.caption_dropout)[rows].tolist()
-        captions = ["" if drop else caption for drop, caption in zip(dropped, captions)]
-        x_0 = images.to(device, non_blocking=True).float().div_(127.5).sub_(1)
-        eps = torch.randn(c.batch, *x_0.shape[1:], generator=generator_for(device, c.seed, state["step"], 1), device=device)[rows]
-        tokens = x_0.shape[-1] * x_0.shape[-2] // c.patch ** 2
-
-        total, bins = torch.zeros((), device=device), torch.zeros(2, 10, device=device)
-        for part in torch.arange(per_rank).chunk(c.accumulate):
-            part = slice(int(part[0]), int(part[-1]) + 1)
+        x_0, eps, t, captions = draw_batch(*next(loader), c, state["step"], rows, device)
+        loss, by_time = torch.zeros((), device=device), torch.zeros(2, 10, device=device)
+        for i in range(0, share, share // c.accumulate):
+            part = slice(i, i + share // c.accumulate)
             text, mask = text_encoder.encode(captions[part])
-            loss = flow_matching_loss(model, x_0[part], eps[part], t[part], text, mask, c.predict)
-            (loss.mean() / c.accumulate).backward()
+            losses = flow_matching_loss(model, x_0[part], eps[part], t[part], text, mask, c.predict)
+            (losses.sum() / share).backward()
             optimizer.accumulate()
-            total += loss.detach().sum() / per_rank
-            bins.index_add_(1, (t[part] * 10).long(), torch.stack([loss.detach(), torch.ones_like(loss)]))
-        share = lr_share(progress, state["first_progress"], c)
-        norm = optimizer.step(share)
-        pending.append((total, norm, bins, progress))
+            loss += losses.detach().sum() / share
+            by_time.index_add_(1, (t[part] * 10).long(), torch.stack([losses.detach(), torch.ones_like(losses)]))
+        norm = optimizer.step(lr_share(progress, state["first_progress"], c))
+        heart.add(loss, by_time, norm, progress)
         state |= dict(step=state["step"] + 1, batches=state["batches"] + 1, samples=state["samples"] + c.batch)
 
-        if elapsed - last_beat >= 5:
-            beat()
+        if elapsed - heart.last >= heart.EVERY:
+            heartbeat()
         if elapsed - last_checkpoint >= config.checkpoint_minutes * 60:
-            checkpoint_now()
+            save_checkpoint(run, optimizer, state, world)
             last_checkpoint = elapsed
-        if progress * (config.samples + 1) >= next_grid and next_grid <= config.samples:
-            sample_grid(f"step-{state['step']:08d}")
-            next_grid = int(progress * (config.samples + 1)) + 1
+        if progress * (config.samples + 1) >= next_grid:
+            grid(f"step-{state['step']:08d}")
+            next_grid += 1
 
-    beat()
+    if heart.pending:
+        heartbeat()
     if progress < 1:  # a signal or --stop-after
-        checkpoint_now()
-        log(f"stopped at step {state['step']} with a checkpoint in {run}/checkpoint; the same command goes on from there")
+        save_checkpoint(run, optimizer, state, world)
+        log(f"stopped at step {state['step']} with a checkpoint in {run}; the same command goes on from there")
         return 128 + int(number) if number else 0
-    tensors = optimizer.gather(optimizer.ema)
+    tensors = {k: v.cpu() for k, v in optimizer.all_ranks(optimizer.ema).items()}
     if world.rank == 0:
-        export_transformer(model.config, tensors, run / "transformer")
-    seconds = clock()
-    log(f"finished: {state['step']} steps, {state['samples']:,} images, {seconds:.1f} s from process start to final weights on disk, "
-        f"data stall {loader.stall if loader else 0:.1f} s")
+        export_transformer(model.config, {name: tensors[name] for name in optimizer.params}, run / "transformer")
+    seconds = clock()  # the clock stops here
+    log(f"finished: {state['step']} steps, {state['samples']:,} images, {seconds:.1f} s from process start to final "
+        f"weights on disk, data stall {loader.stall if loader else 0:.1f} s")
     log.write(event="finished", step=state["step"], elapsed=seconds, samples=state["samples"], time=time.time())
-    checkpoint_now()
-    sample_grid("final")
+    save_checkpoint(run, optimizer, state, world)
+    grid("final")
     if world.rank == 0:
         plot_curve(run)
     log(f"wrote {run}/transformer, {run}/samples/final.png and {run}/curve.png; next: python eval_prx.py {run}")
@@ -1268,15 +1300,10 @@ def main(argv=None) -> int:
     """Exit code 0, 1 after a failure, 2 for bad input, 128 + signal after a checkpoint on a signal."""
     try:
         return train(*parse_args(argv))
-    except UserError as error:
+    except (UserError, TrainingFailed) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train_prx: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if "non-finite" not in str(error):
-            raise
-        print(f"train_prx: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

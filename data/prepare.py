@@ -190,7 +190,7 @@ def decode(data: bytes, size: int, min_size: int) -> np.ndarray:
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
             image = to_rgb(image.crop((left, top, left + side, top + side)))
-            image = image.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+            image = image.resize((size, size), Image.Resampling.LANCZOS)
         except Reject:
             raise
         except Image.DecompressionBombError:

@@ -1,0 +1,207 @@
+"""MuonAdamW is torch.optim.Muon and torch.optim.AdamW, batched, with one owner for each parameter."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+import train_prx as T
+
+MUON = T.Config(optimizer="muon", lr=0.02, lr_adamw=3e-3, weight_decay=0.1, clip=0.0, ema=0.0)
+SHAPES = {"blocks.0.a.weight": (12, 8), "blocks.1.a.weight": (12, 8), "blocks.0.b.weight": (8, 20), "blocks.0.norm": (8,),
+          "img_in.weight": (8, 6), "img_in.bias": (8,)}
+
+
+def parameters(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {n: torch.nn.Parameter(torch.randn(s, generator=g)) for n, s in SHAPES.items()}
+
+
+def feed(params, step):
+    """The same made-up gradients for whoever asks."""
+    g = torch.Generator().manual_seed(1000 + step)
+    for p in params.values():
+        p.grad = (torch.randn(p.shape, generator=g) * 10 ** torch.randn((), generator=g)).to(p.dtype)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def run(config, steps=20, world=T.World()):
+    params = parameters()
+    optimizer = T.MuonAdamW(params.items(), config, world)
+    for i in range(steps):
+        feed(params, i)
+        optimizer.accumulate()
+        optimizer.step()
+    return params, optimizer
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-15])
+def test_adamw_equals_torch(eps):
+    config = dataclasses.replace(MUON, optimizer="adamw", lr=3e-3, eps=eps)
+    ours, theirs = run(config)[0], parameters()
+    oracle = torch.optim.AdamW(theirs.values(), lr=3e-3, betas=(0.9, 0.95), eps=eps, weight_decay=0.1)
+    for i in range(20):
+        feed(theirs, i)
+        oracle.step()
+    for name in SHAPES:
+        assert relative(ours[name], theirs[name]) < 1e-6, name
+
+
+def test_muon_equals_torch_with_one_orthogonaliser_in_both(monkeypatch):
+    """Momentum, Nesterov, scaling and decay, free of torch's BF16 iteration: an exact SVD stands in for it in both."""
+    import torch.optim._muon as torch_muon
+
+    def svd(G, *_):
+        U, _, V = torch.linalg.svd(G.double(), full_matrices=False)
+        return (U @ V).to(G.dtype)
+
+    monkeypatch.setattr(torch_muon, "_zeropower_via_newtonschulz", svd)
+    monkeypatch.setattr(T, "orthogonalize", svd)
+    ours, theirs = run(MUON)[0], parameters()
+    matrices = {n: p for n, p in theirs.items() if n.startswith("blocks") and p.ndim == 2}
+    oracles = [torch.optim.Muon(matrices.values(), lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.1,
+                                adjust_lr_fn="match_rms_adamw"),
+               torch.optim.AdamW([p for n, p in theirs.items() if n not in matrices], lr=3e-3, betas=(0.9, 0.95),
+                                 weight_decay=0.1)]
+    for i in range(20):
+        feed(theirs, i)
+        for oracle in oracles:
+            oracle.step()
+    for name in SHAPES:
+        assert relative(ours[name], theirs[name]) < 1e-6, name
+
+
+def polynomial(G, steps=5):
+    """The same quintic on the singular values, in float64."""
+    U, s, V = torch.linalg.svd(G.double(), full_matrices=False)
+    s = s / G.double().norm()
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+    return U @ torch.diag(s) @ V
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (48, 16), (16, 96), (64, 64)])
+def test_orthogonaliser_equals_its_polynomial_in_float64_and_torchs(shape):
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    G = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    got = T.orthogonalize(G)
+    for one, ours in zip(G, got):
+        assert relative(ours.double(), polynomial(one)) < 1e-5
+        theirs = _zeropower_via_newtonschulz(one.clone(), (3.4445, -4.7750, 2.0315), 5, 1e-7).float()
+        assert relative(theirs, ours) < 2e-2
+        assert relative(T.orthogonalize(one[None].bfloat16())[0].float(), ours) < 2e-2
+
+
+def test_orthogonaliser_runs_in_the_compute_precision_with_same_shapes_batched(monkeypatch):
+    seen, real = [], T.orthogonalize
+    monkeypatch.setattr(T, "orthogonalize", lambda G, *a: (seen.append((tuple(G.shape), G.dtype)), real(G, *a))[1])
+    params = {n: torch.nn.Parameter(p.data.to(torch.bfloat16 if p.ndim == 2 else torch.float32))
+              for n, p in parameters().items()}
+    optimizer = T.MuonAdamW(params.items(), MUON)
+    feed(params, 0)
+    optimizer.accumulate()
+    optimizer.step()
+    assert sorted(seen) == [((1, 8, 20), torch.bfloat16), ((2, 12, 8), torch.bfloat16)]
+    assert optimizer.master.dtype == torch.float32 and params["img_in.weight"].dtype == torch.bfloat16
+
+
+def test_masters_keep_updates_that_bf16_would_round_away():
+    config = dataclasses.replace(MUON, optimizer="adamw", lr=1e-5, weight_decay=0.0)
+    params = {"blocks.0.w.weight": torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))}
+    optimizer = T.MuonAdamW(params.items(), config)
+    for _ in range(1000):
+        params["blocks.0.w.weight"].grad = torch.ones(8, 8, dtype=torch.bfloat16)
+        optimizer.accumulate()
+        optimizer.step()
+    assert torch.allclose(optimizer.master[:64], torch.tensor(0.99), atol=1e-4)  # 1 - 1000 * 1e-5
+    assert torch.allclose(params["blocks.0.w.weight"].float(), torch.tensor(0.99), atol=4e-3)
+
+
+@pytest.mark.parametrize("clip", [0.2, 1e9])
+def test_clipping_is_by_the_norm_over_all_parameters(clip):
+    config = dataclasses.replace(MUON, optimizer="adamw", lr=1.0, beta1=0.0, beta2=0.0, eps=1e6, clip=clip)
+    params, theirs = parameters(), parameters()
+    optimizer = T.MuonAdamW(params.items(), config)
+    feed(params, 0), feed(theirs, 0)
+    expected = torch.nn.utils.clip_grad_norm_(theirs.values(), clip)
+    optimizer.accumulate()
+    norm = optimizer.step()
+    assert torch.allclose(norm, expected, rtol=1e-5)
+    for name, p in theirs.items():  # eps dwarfs the second moment, so AdamW steps along the clipped gradient itself
+        start = parameters()[name] * 0.9
+        assert torch.allclose((start - params[name]) * 1e6, p.grad, rtol=1e-2, atol=5e-1 if clip > 1 else 5e-2), name
+
+
+def test_a_non_finite_gradient_changes_no_weight_and_is_counted():
+    params, optimizer = run(MUON, 3)
+    before = {n: p.clone() for n, p in params.items()}
+    for bad in (float("nan"), float("inf")):
+        feed(params, 4)
+        params["img_in.bias"].grad[0] = bad
+        optimizer.accumulate()
+        optimizer.step()
+    assert optimizer.skipped == 2 and all(torch.equal(before[n], params[n]) for n in params)
+    feed(params, 5)
+    optimizer.accumulate()
+    optimizer.step()
+    assert optimizer.skipped == 0 and all(p.isfinite().all() for p in params.values())
+    assert not torch.equal(before["img_in.bias"], params["img_in.bias"])
+
+
+def test_micro_batches_sum_in_fp32():
+    params = {"w.weight": torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))}
+    optimizer = T.MuonAdamW(params.items(), MUON)
+    for _ in range(512):  # in BF16 the sum would stop at 256
+        params["w.weight"].grad = torch.ones(4, 4, dtype=torch.bfloat16)
+        optimizer.accumulate()
+    assert (optimizer.grads == 512).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_every_parameter_is_owned_by_exactly_one_rank(ranks):
+    owned = []
+    for rank in range(ranks):
+        optimizer = T.MuonAdamW.__new__(T.MuonAdamW)
+        optimizer.publish = lambda flat=None: None
+        optimizer.__init__(parameters().items(), MUON, T.World(rank=rank, size=ranks))
+        owned.append(list(optimizer.views(optimizer.master)))
+        assert optimizer.layout[rank] == owned[-1]
+    assert sorted(sum(owned, [])) == sorted(SHAPES)
+
+
+def test_ema_follows_the_masters():
+    config = dataclasses.replace(MUON, ema=0.9, ema_every=1)
+    params = parameters()
+    optimizer = T.MuonAdamW(params.items(), config)
+    expected = optimizer.master.clone()
+    for i in range(1, 40):
+        feed(params, i)
+        optimizer.accumulate()
+        optimizer.step()
+        decay = min(0.9, (1 + i) / (10 + i))
+        expected = decay * expected + (1 - decay) * optimizer.master
+    assert torch.allclose(optimizer.ema, expected, atol=1e-5)
+
+
+def test_a_parameter_without_gradient_is_named():
+    params = parameters()
+    optimizer = T.MuonAdamW(params.items(), MUON)
+    feed(params, 0)
+    params["blocks.0.norm"].grad = None
+    with pytest.raises(AssertionError, match=re.escape("blocks.0.norm")):
+        optimizer.accumulate()
+
+
+def test_all_parameters_of_prx_have_their_group():
+    with torch.device("meta"):
+        model = T.PRX()
+    muon = {n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
+    assert len(muon) == 16 * 7
+    assert {re.sub(r"^blocks\.\d+\.", "", n) for n in muon} == {
+        "attention.img_qkv_proj.weight", "attention.txt_kv_proj.weight", "attention.to_out.0.weight", "gate_proj.weight",
+        "up_proj.weight", "down_proj.weight", "modulation.lin.weight"}

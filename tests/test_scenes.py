@@ -1,0 +1,137 @@
+"""Scenes are exact, the same everywhere, and can be read back."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from data import scenes as S
+
+COUNT = 1000
+
+
+def digest(scenes, res=32):
+    text = "\n".join(S.captions(scenes) + S.captions(scenes, "short"))
+    return hashlib.sha256(S.render(scenes, res).numpy().tobytes() + text.encode()).hexdigest()[:16]
+
+
+def test_samples_are_the_same_on_every_machine():
+    got = {split: digest(S.draw_scenes(range(64), split)) for split in S.SPLITS}
+    assert got == {"train": "c5c739e9b465b5b9", "eval": "fe16d75849959c64", "unseen": "e9db36d5d3dd9b5c"}
+    assert digest(S.draw_scenes(range(16), "train", S.MINI), 96) == "d577c591f00fa9ef"
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    whole, part = S.draw_scenes(range(50), "eval"), S.draw_scenes([37, 4], "eval")
+    assert torch.equal(S.render(whole)[[37, 4]], S.render(part))
+    assert [S.captions(whole)[i] for i in (37, 4)] == S.captions(part)
+
+
+def test_another_seed_or_index_is_another_scene():
+    a = S.render(S.draw_scenes(range(200)))
+    assert len(torch.unique(a.flatten(1), dim=0)) == 200
+    assert not torch.equal(a, S.render(S.draw_scenes(range(200), seed=1)))
+
+
+def contents(split, n=5000):
+    s = S.draw_scenes(range(n), split)
+    return set(S.content_hash(s.place, s.shape, s.colour, s.size, s.background).tolist())
+
+
+def test_the_splits_never_share_a_content():
+    train, held_out, unseen = (contents(split) for split in S.SPLITS)
+    assert not train & held_out and not train & unseen and not held_out & unseen
+
+
+@pytest.mark.parametrize("difficulty", [S.MICRO, S.MINI])
+def test_training_never_shows_an_unseen_pair_and_the_unseen_split_always_does(difficulty):
+    for split, expected in (("train", 0), ("eval", 0), ("unseen", COUNT)):
+        s = S.draw_scenes(range(COUNT), split, difficulty)
+        has = [any((S.SHAPES[a], list(S.COLOURS)[b]) in S.UNSEEN for a, b, p in zip(*row) if p >= 0)
+               for row in zip(s.shape, s.colour, s.place)]
+        assert sum(has) == expected
+
+
+def test_content_hash_ignores_the_order_of_objects():
+    s = S.draw_scenes(range(100))
+    flipped = [a[:, ::-1] for a in (s.place, s.shape, s.colour, s.size)]
+    assert np.array_equal(S.content_hash(s.place, s.shape, s.colour, s.size, s.background),
+                          S.content_hash(*flipped, s.background))
+
+
+@pytest.mark.parametrize("difficulty, floor", [(S.MICRO, (2, 4)), (S.MINI, (4, 9))])
+def test_difficulty_is_at_least_the_tracks_floor(difficulty, floor):
+    s = S.draw_scenes(range(4000), "train", difficulty)
+    there = s.place >= 0
+    assert sorted(set(there.sum(1))) == list(range(1, floor[0] + 1))
+    assert set(s.place[there]) == set(range(floor[1]))
+    assert [len(set(a[there])) for a in (s.shape, s.colour, s.size)] == [5, 6, 2]
+    assert len(set(s.background)) == 12
+    assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in s.place)  # one object per place
+
+
+@pytest.mark.parametrize("difficulty, res", [(S.MICRO, 32), (S.MICRO, 64), (S.MINI, 96), (S.MINI, 256)])
+@pytest.mark.parametrize("split", ["eval", "unseen"])
+def test_the_matcher_reads_real_scenes(difficulty, res, split):
+    scenes = S.draw_scenes(range(300 if res == 256 else COUNT), split, difficulty)
+    got = S.score(S.render(scenes, res), scenes)
+    for key in (*S.ATTRIBUTES, "all"):
+        assert got[key].mean() >= 0.995, key
+
+
+def test_the_matcher_is_at_chance_on_shuffled_prompts():
+    """Against the accuracy that the truth of one scene reaches on another, with nothing drawn or read."""
+    scenes = S.draw_scenes(range(4000), "eval")
+    other = np.random.default_rng(0).permutation(4000)
+    got = {k: v.mean().item() for k, v in S.score(S.render(scenes)[other], scenes).items()}
+    table = np.full((4000, 4, 3), -1)
+    for k in range(2):
+        rows = np.nonzero(scenes.place[:, k] >= 0)[0]
+        table[rows, scenes.place[rows, k]] = np.stack([scenes.shape, scenes.colour, scenes.size], -1)[rows, k]
+    there = table[..., 0] >= 0
+    expected = {"count": (there.sum(1) == there[other].sum(1)).mean(), "places": (there == there[other]).all(1).mean(),
+                "background": (scenes.background == scenes.background[other]).mean()}
+    for i, key in enumerate(("shapes", "colours", "sizes")):
+        expected[key] = (((table == table[other])[..., i] & there).sum(1) / there.sum(1)).mean()
+    for key, value in expected.items():
+        assert abs(got[key] - value) < 0.005, key
+    assert got["shapes"] < 0.1 and got["colours"] < 0.1 and got["background"] < 0.11 and got["all"] < 0.01
+
+
+@pytest.mark.parametrize("attribute, change", [
+    ("colours", lambda s: s.colour.__iadd__(1).__imod__(6)), ("shapes", lambda s: s.shape.__iadd__(1).__imod__(5)),
+    ("sizes", lambda s: s.size.__isub__(1).__imul__(-1)), ("background", lambda s: s.background.__iadd__(1).__imod__(12))])
+def test_a_wrong_attribute_costs_that_attribute_alone(attribute, change):
+    scenes, wrong = S.draw_scenes(range(300)), S.draw_scenes(range(300))
+    change(wrong)
+    got = S.score(S.render(wrong), scenes)
+    for key in S.ATTRIBUTES:
+        assert (got[key].mean() < 0.05) if key == attribute else (got[key].mean() > 0.99), key
+
+
+def test_long_captions_state_everything_and_short_ones_do_not():
+    scenes = S.draw_scenes(range(300))
+    colours, grounds = list(S.COLOURS), list(S.BACKGROUNDS)
+    for i, (long, short) in enumerate(zip(S.captions(scenes), S.captions(scenes, "short"))):
+        assert grounds[scenes.background[i] // 3] in long
+        for k in np.nonzero(scenes.place[i] >= 0)[0]:
+            assert S.PLACES[2][scenes.place[i, k]] in long and colours[scenes.colour[i, k]] in long
+            assert any(w in long for w in S._WORDS[S.SHAPES[scenes.shape[i, k]]])
+        assert not any(place in short for place in S.PLACES[2])
+    assert len(set(S.captions(S.draw_scenes(range(300))))) > 290
+
+
+def test_captions_are_fixed_points_of_the_pipelines_text_cleaning():
+    from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
+
+    clean = TextPreprocessor().clean_text
+    for difficulty in (S.MICRO, S.MINI):
+        for field in ("long", "short"):
+            for text in S.captions(S.draw_scenes(range(500), "train", difficulty), field):
+                assert clean(text) == text
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="split 'test' is unknown"):
+        S.draw_scenes(range(3), "test")
