@@ -271,7 +271,10 @@ def load_run(run: Path, device: str):
     """A run's folder -> its configuration (dict) and paint(prompts, noise, steps, cfg_scale) -> uint8 images on CPU."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is no run, it holds no config.json; give the folder of a finished one, as logs/micro")
-    config = json.loads((run / "config.json").read_text())
+    try:
+        config = json.loads((run / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{run / 'config.json'} is damaged ({error}); train again or restore it") from None
     if config["data"] != "scenes":
         raise UserError(f"{run} was trained on {config['data']} and prompt accuracy needs scenes, whose truth is "
                         "known; compare two folders of images with --real and --fake")
@@ -299,7 +302,7 @@ def evaluate_run(config: dict, paint, networks: dict[str, Features], out: Path, 
                  batch: int, seed: int) -> dict:
     """Prompt accuracy and metrics of a run as `load_run` gives it; writes samples.png into the folder `out`."""
     difficulty, res = scenes.MINI if config["track"] == "mini" else scenes.MICRO, config["resolution"]
-    seconds, metrics, fake, prompts_hash = Stopwatch(), {}, ImageSet(networks), hashlib.sha256()
+    seconds, metrics, fake, prompts_hash, shown = Stopwatch(), {}, ImageSet(networks), hashlib.sha256(), []
     for split, count in (("eval", n), ("unseen", n // 4)):
         scores = []
         for start in range(0, count, batch):
@@ -311,11 +314,13 @@ def evaluate_run(config: dict, paint, networks: dict[str, Features], out: Path, 
             scores.append(seconds("accuracy", scenes.score, images, wanted))
             if split == "eval":
                 seconds("features", fake.add, images)
-            if split == "eval" and start == 0:
-                train_prx.save_grid(images[:32], prompts[:32], out / "samples.png", columns=8)
+                shown += zip(images[:max(0, 32 - start)], prompts)
             print(f"\r{split}: {indices.stop} of {count} prompts", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
         metrics[split] = {key: torch.cat([s[key] for s in scores]).mean().item() for key in scores[0]}
+
+    images, prompts = zip(*shown)
+    train_prx.save_grid(torch.stack(images), prompts, out / "samples.png", columns=8)
 
     def real_set(first):
         ranges = (range(first + i, first + min(i + batch, n)) for i in range(0, n, batch))
@@ -354,7 +359,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=2000, help="held-out prompts, and scenes in the reference [2000]")
     parser.add_argument("--steps", type=int, default=16, help="Euler steps [16]")
     parser.add_argument("--cfg", type=float, help="guidance scale [the run's cfg_scale]")
-    parser.add_argument("--batch", type=int, default=250, help="images at a time; changes no result [250]")
+    parser.add_argument("--batch", type=int, default=250 if torch.cuda.is_available() else 50,  # fits a CPU's cache
+                        help="images at a time; changes no result [250 with CUDA, 50 without]")
     parser.add_argument("--seed", type=int, default=0, help="of the noise [0]")
     parser.add_argument("--out", type=Path, help="folder to write into [the run's; with --real none, only printed]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
@@ -367,6 +373,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     for flag, least in (("n", 8), ("steps", 1), ("batch", 1)):
         if getattr(args, flag) < least:
             parser.error(f"--{flag} {getattr(args, flag)} is too small: at least {least}")
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        parser.error(f"--device {args.device} is not on this machine: use cpu")
+    if args.n > REFERENCE:
+        parser.error(f"--n {args.n} would reach into the reference scenes: at most {REFERENCE}")
     if args.out and args.out.exists() and not args.out.is_dir():
         parser.error(f"--out {args.out} is a file: give a folder")
     return args

@@ -11,32 +11,31 @@ checkpoint/ and transformer/, which diffusers' PRXTransformer2DModel loads. `pyt
 Model: PRX, Photoroom 2026, as in diffusers' `PRXTransformer2DModel`. Records and their rules: records/README.md.
 """
 
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import queue
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
-SOURCE = Path(__file__).read_text()  # before anything else: the log embeds the code that ran, not what it is edited to
+SOURCE = Path(__file__).read_text()  # at once: the log embeds the code that runs, not what it is edited to meanwhile
 
-import argparse  # noqa: E402
-import dataclasses  # noqa: E402
-import hashlib  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-import platform  # noqa: E402
-import queue  # noqa: E402
-import re  # noqa: E402
-import shutil  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-import threading  # noqa: E402
-import time  # noqa: E402
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from safetensors import SafetensorError, safe_open  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch import nn  # noqa: E402
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent
 PEAK_FLOPS = 790e12  # dense BF16 matmul on one H200, measured on random data; MFU is the model's own FLOPs over this
@@ -133,7 +132,6 @@ TRACKS = {
 
 BASELINE = dict(optimizer="adamw", lr=1e-4, eps=1e-15, weight_decay=0.0, warmup=0.01, decay_from=1.0, clip=0.2, ema=0.0)
 RECIPES = {"default": {}, "baseline": BASELINE, "tuned-baseline": BASELINE | dict(lr=2e-3)}
-STAGE_KNOBS = ("resolution", "batch", "captions", "shift")
 
 KNOB = re.compile(r"^    (\w+): (?:str|int|float) = .+?  # (.+)$", re.M)  # the comments above are the help texts
 HELP = dict(KNOB.findall(SOURCE.split("class Config:")[1].split("class Stage:")[0]))
@@ -159,7 +157,7 @@ def parse_args(argv=None) -> tuple[Config, list[Stage]]:
         if flags.get(knob, Config.__dict__[knob]) not in table:
             raise UserError(f"--{knob} {flags[knob]} is unknown; use one of {', '.join(table)}")
     config, stages = TRACKS[flags.get("track", "24h")]
-    if "steps" in flags and "hours" in flags and flags["steps"] and flags["hours"]:
+    if flags.get("steps") and flags.get("hours"):
         raise UserError("--steps and --hours both give the length of the run; give one of them")
     if flags.get("steps"):
         flags["hours"] = 0.0

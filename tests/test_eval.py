@@ -250,9 +250,12 @@ def test_bad_arguments_are_one_sentence(folders, capsys, tmp_path):
     assert "either" in refused(capsys) and "either" in refused(capsys, "--real", real)
     assert "either" in refused(capsys, "logs/x", "--real", real, "--fake", real)
     assert "--n 3" in refused(capsys, "logs/x", "--n", "3")
+    assert "--device tpu" in refused(capsys, "logs/x", "--device", "tpu")
     assert "no config.json" in refused(capsys, tmp_path / "logs")
     run = tmp_path / "run"
     run.mkdir()
+    (run / "config.json").write_text("{")
+    assert "config.json is damaged" in refused(capsys, run)
     (run / "config.json").write_text(json.dumps({"data": "scenes", "track": "micro"}))
     assert "not finished" in refused(capsys, run)
     (run / "config.json").write_text(json.dumps({"data": "shards/photos", "track": "micro"}))
@@ -284,6 +287,8 @@ def test_a_run_through_the_command_line(run, tmp_path):
         assert main([str(run), *flags]) == 0
         results.append(json.loads((out / "metrics.json").read_text()))
         assert Image.open(out / "samples.png").width > 500
+    grids = [np.array(Image.open(tmp_path / f"batch-{batch}" / "samples.png")).astype(int) for batch in (24, 7)]
+    assert grids[0].shape == grids[1].shape and abs(grids[0] - grids[1]).max() <= 1
     first, second = results
     assert first["metrics"].keys() == {"eval", "unseen", "real"}
     for split, values in first["metrics"].items():

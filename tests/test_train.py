@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,29 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(in_tmp):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run("--steps", 4, "--name", name, "--seed", seed)
     assert same(weights("a"), weights("b")) and not same(weights("a"), weights("c"))
+
+
+def test_bf16_compute_follows_an_all_fp32_run(in_tmp):
+    flags = ["--steps", 40, "--lr", 0.01, "--lr-adamw", 0.01]
+    run(*flags, "--name", "fp32")
+    assert T.main([*TINY[:-2], "--compute", "bf16", *map(str, flags), "--name", "bf16"]) == 0
+    full, low = np.array(losses("fp32")), np.array(losses("bf16"))
+    assert not np.array_equal(full, low) and np.abs(low / full - 1).max() < 0.1 and abs(low.mean() / full.mean() - 1) < 0.02
+    assert all(v.dtype == torch.float32 for v in weights("bf16").values())
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile on CPU needs a C++ compiler")
+def test_compiled_blocks_give_the_same_losses(in_tmp):
+    run("--steps", 3, "--name", "eager")
+    run("--steps", 3, "--name", "compiled", "--compile", "on")
+    assert np.allclose(losses("eager"), losses("compiled"), rtol=1e-4)
+    torch.compiler.reset()
+
+
+def test_without_a_compiler_a_run_goes_on_and_says_so(in_tmp, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    run("--steps", 2, "--name", "r", "--compile", "on")
+    assert "no C++ compiler was found, so the blocks are not compiled" in capsys.readouterr().out
 
 
 # --- stop and resume
