@@ -341,13 +341,13 @@ def evaluate_run(config: dict, paint, networks: dict[str, Features], out: Path, 
 # Command line.
 # =====================================================================================================================
 
-def print_table(metrics: dict[str, dict[str, float]]):
+def table(metrics: dict[str, dict[str, float]]) -> str:
     """A row for each metric, a column for each set of images; accuracies in per cent."""
-    print(f"{'':<12}" + "".join(f"{column:>10}" for column in metrics))
+    lines = [f"{'':<12}" + "".join(f"{column:>10}" for column in metrics)]
     for key in dict.fromkeys(key for values in metrics.values() for key in values):
         cell = "{:10.4f}" if key in ("fid", "cmmd", "dino_mmd") else "{:10.2%}"
-        cells = (cell.format(values[key]) if key in values else " " * 10 for values in metrics.values())
-        print(f"{key:<12}" + "".join(cells))
+        lines.append(f"{key:<12}" + "".join(cell.format(v[key]) if key in v else " " * 10 for v in metrics.values()))
+    return "\n".join(lines)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -407,12 +407,15 @@ def main(argv=None) -> int:
     result["protocol"] |= {"features": {kind: network.describe() for kind, network in networks.items()},
                            "device": args.device, "versions": {name: metadata.version(name) for name in packages}}
     result["seconds"] = {"load": load, **result["seconds"], "total": time.perf_counter() - start}
-    print_table(result["metrics"])
+    print(table(result["metrics"]))
     print(", ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items()))
     if out:
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
         print(f"wrote {out / 'metrics.json'}" + f" and {out / 'samples.png'}" * bool(args.run))
+    if args.run and out == args.run:  # the run's own log states what came of it
+        with open(args.run / "log.txt", "a") as log:
+            log.write(f"eval_prx.py: {json.dumps(result['protocol'])}\n{table(result['metrics'])}\n")
     return 0
 
 

@@ -80,6 +80,7 @@ class Config:
     bottleneck: int = 256  # pixel space: patch -> bottleneck -> hidden; 0: one Linear
     text: str = "google/t5gemma-2b-2b-ul2"  # frozen encoder: Hugging Face repository or folder; tiny: embedded
     text_tokens: int = 256  # longer prompts are cut
+    text_pad: int = 64  # text is padded to a multiple of this per batch: few shapes to compile for, little padding
     # objective
     predict: str = "x"  # x | v: what the network outputs; the loss is in v-space. CMMD in latents: v 0.41, x 0.54
     shift: float = 3.0  # time shift s: t <- s t / (1 + (s - 1) t). 3.0 for pixels at 1024, part 2
@@ -102,7 +103,7 @@ class Config:
     ema_every: int = 10  # steps between its updates
     # precision and speed
     compute: str = "auto"  # auto | bf16 | fp32, of matmuls; masters stay FP32. FID 18.20, 21.87 otherwise, part 2
-    compile: str = "auto"  # auto | on | off: torch.compile of the blocks; auto: on with CUDA, off on CPU
+    compile: str = "auto"  # auto | on | off: torch.compile of the blocks; auto: where it pays back within the run
     # output
     sample_steps: int = 25  # Euler steps of the sample grids
     cfg_scale: float = 3.0  # guidance of the sample grids
@@ -124,10 +125,11 @@ TRACKS = {
     "mini": (Config(track="mini", data="scenes", hours=4 / 60, hidden=512, depth=8, heads=8, bottleneck=128,
                     text="tiny", text_tokens=64, lr=2e-3, lr_adamw=2e-3, warmup=0.03, decay_from=0.3, ema=0.99,
                     checkpoint_minutes=5), [Stage()]),
-    # Settings from records/micro_search.jsonl.
-    "micro": (Config(track="micro", data="scenes", hours=4.8 / 60, resolution=32, batch=128, hidden=128, depth=6,
-                     heads=4, patch=8, bottleneck=0, text="tiny", text_tokens=48, shift=2.0, lr=5e-3, lr_adamw=3e-3,
-                     warmup=0.04, decay_from=0.3, ema=0.99, ema_every=4, samples=2, checkpoint_minutes=2), [Stage()]),
+    # Batch and rates from records/micro_search.jsonl. No long caption of the micro scenes has more than 37 tokens.
+    "micro": (Config(track="micro", data="scenes", hours=4.5 / 60, resolution=32, batch=64, hidden=128, depth=6,
+                     heads=4, patch=8, bottleneck=0, text="tiny", text_tokens=80, text_pad=40, shift=2.0, lr=5e-3,
+                     lr_adamw=3e-3, warmup=0.04, decay_from=0.3, ema=0.99, ema_every=4, samples=2,
+                     checkpoint_minutes=2), [Stage()]),
 }
 
 BASELINE = dict(optimizer="adamw", lr=1e-4, eps=1e-15, weight_decay=0.0, warmup=0.01, decay_from=1.0, clip=0.2, ema=0.0)
@@ -180,7 +182,7 @@ def check_config(c: Config):
         need(getattr(c, knob) in options.split(),
              f"{flag(knob)} {getattr(c, knob)} is unknown; use one of {', '.join(options.split())}")
     for knob in ("batch", "accumulate", "hidden", "depth", "heads", "patch", "text_tokens", "lr", "lr_adamw",
-                 "ema_every", "sample_steps", "ns_steps", "shift", "checkpoint_minutes", "resolution"):
+                 "ema_every", "sample_steps", "ns_steps", "shift", "checkpoint_minutes", "resolution", "text_pad"):
         need(getattr(c, knob) > 0, f"{flag(knob)} {getattr(c, knob)} must be positive")
     for knob in ("uniform", "caption_dropout", "warmup", "decay_from", "momentum", "beta1", "beta2", "ema"):
         need(0 <= getattr(c, knob) <= 1, f"{flag(knob)} {getattr(c, knob)} must lie in 0 to 1")
@@ -575,13 +577,13 @@ def flow_matching_loss(model, x_0, eps, t, text, mask, predict: str):
 # =====================================================================================================================
 
 class TextEncoder:
-    """encode(prompts) -> last hidden states (B, T, width) FP32 and mask (B, T) bool, T padded to a multiple of 8.
+    """encode(prompts) -> last hidden states (B, T, width) FP32 and mask (B, T) bool, T a multiple of `pad`.
 
     Prompts are taken as they are: data/prepare.py and eval_prx.py clean them as diffusers' PRXPipeline does.
     Raises UserError when the weights cannot be had.
     """
 
-    def __init__(self, name: str, device="cpu", max_tokens: int = 256):
+    def __init__(self, name: str, device="cpu", max_tokens: int = 256, pad: int = 8):
         import transformers
 
         transformers.utils.logging.set_verbosity_error()
@@ -600,12 +602,12 @@ class TextEncoder:
             raise UserError(f"--text {name} cannot be loaded ({reason}); give a folder, ask for access to the "
                             "repository, or use --text tiny") from None
         self.model.to(device).eval().requires_grad_(False)
-        self.device, self.max_tokens = device, max_tokens
+        self.device, self.max_tokens, self.pad = device, max_tokens, pad
         self.width = self.encode([""])[0].shape[-1]
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.tokenizer(prompts, padding=True, pad_to_multiple_of=8, truncation=True,
+        tokens = self.tokenizer(prompts, padding=True, pad_to_multiple_of=self.pad, truncation=True,
                                 max_length=self.max_tokens, return_tensors="pt").to(self.device)
         states = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
         return states.float(), tokens["attention_mask"].bool()
@@ -890,11 +892,15 @@ class ShardData:
 
 
 class Prefetch:
-    """Runs an iterator in a thread, `depth` items ahead. Its exceptions come out of next(); stall counts the wait."""
+    """Runs an iterator in a thread, `depth` items ahead. Its exceptions come out of next(); stall counts the wait.
 
-    def __init__(self, iterator, depth: int = 3):
-        self.queue, self.stall, self.stopped = queue.Queue(depth), 0.0, False
-        threading.Thread(target=self.fill, args=(iterator,), daemon=True).start()
+    Depth 0 runs it in the caller: on two CPU cores the thread's OpenMP team fights the model's, 312 images/s against 385.
+    """
+
+    def __init__(self, iterator, depth: int):
+        self.iterator, self.queue, self.stall, self.stopped = iterator, queue.Queue(depth), 0.0, False
+        if depth:
+            threading.Thread(target=self.fill, args=(iterator,), daemon=True).start()
 
     def fill(self, iterator):
         try:
@@ -912,7 +918,7 @@ class Prefetch:
 
     def __next__(self):
         start = time.perf_counter()
-        item = self.queue.get()
+        item = self.queue.get() if self.queue.maxsize else next(self.iterator)
         self.stall += time.perf_counter() - start
         if isinstance(item, Exception):
             raise item
@@ -1187,7 +1193,7 @@ def train(config: Config, stages: list[Stage]) -> int:
 
     # Data, frozen networks, model, optimizer
     data = SceneData(config) if config.data == "scenes" else ShardData(config)
-    text_encoder = TextEncoder(config.text, device, config.text_tokens)
+    text_encoder = TextEncoder(config.text, device, config.text_tokens, config.text_pad)
     bf16 = config.compute == "bf16" or config.compute == "auto" and has_fast_bf16(device)
     model = PRX(in_channels=3, patch_size=config.patch, context_in_dim=text_encoder.width, hidden_size=config.hidden,
                 mlp_ratio=config.mlp_ratio, num_heads=config.heads, depth=config.depth,
@@ -1195,7 +1201,9 @@ def train(config: Config, stages: list[Stage]) -> int:
     optimizer = MuonAdamW(model.named_parameters(), config, world)
     model.set_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
     optimizer.publish()
-    compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
+    # On two cores compiling took 15 to 35 s and a micro step went from 207 to 151 ms
+    long = config.steps >= 500 or config.hours >= 2 / 60
+    compiled = config.compile == "on" or config.compile == "auto" and (device.type == "cuda" or long)
     if compiled and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         compiled = False
         log("no C++ compiler was found, so the blocks are not compiled")
@@ -1247,7 +1255,7 @@ def train(config: Config, stages: list[Stage]) -> int:
                 loader.stopped = True
             share = c.batch // world.size
             rows = slice(world.rank * share, (world.rank + 1) * share)
-            loader = Prefetch(data.batches(c, state["batches"], rows))
+            loader = Prefetch(data.batches(c, state["batches"], rows), depth=3 if device.type == "cuda" else 0)
 
         x_0, eps, t, captions = draw_batch(*next(loader), c, state["step"], rows, device)
         loss, by_time = torch.zeros((), device=device), torch.zeros(2, 10, device=device)

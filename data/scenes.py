@@ -4,14 +4,15 @@
     python data/scenes.py --track mini --res 256  # the same for the mini track
 
 A scene is a background (colour, pattern) with one or more objects (shape, colour, size), each in a place of its own.
-Sample `index` of a `split` is a function of (seed, split, index) alone: attributes come from a 64-bit integer hash, pixels
-from signed distance functions, words from templates. Three splits never meet:
+Sample `index` of a `split` is a function of (seed, split, index) alone: attributes come from a 64-bit integer hash,
+pixels from signed distance functions, words from templates. Three splits never meet:
 
     train   what the trainer sees
     eval    scenes whose content (everything but the jitter) hashes into 1/16 of all contents; training never draws them
     unseen  scenes with at least one (shape, colour) pair out of UNSEEN, which training and `eval` never show
 
-Because the truth is known, prompt accuracy is exact: `match` finds the scene that explains an image best by least squares.
+Because the truth is known, prompt accuracy is exact: `match` finds the scene that explains an image best, by least
+squares.
 """
 
 import argparse
@@ -255,8 +256,8 @@ def match(images: torch.Tensor, difficulty: Difficulty = MICRO) -> dict[str, tor
 
     images: uint8 (N, 3, H, W). Returns `background` (N,), `present` (N, cells) bool, and `shape`, `colour`, `size`
     (N, cells), all on CPU. In a cell, every template m (shape, size, offset) in every colour c is composited over the
-    background B; the residual |x - B - m (c - B)|^2 is expanded so that the whole search is two matrix products. An object
-    is present where the best template explains the cell better than the empty background does, with a margin.
+    background B; the residual |x - B - m (c - B)|^2 is expanded so that the whole search is two matrix products. An
+    object is present where the best template explains the cell better than the empty background does, with a margin.
     """
     grid = difficulty.grid
     cell = min(32, images.shape[-1] // grid)
@@ -272,12 +273,12 @@ def match(images: torch.Tensor, difficulty: Difficulty = MICRO) -> dict[str, tor
         error = (x[:, None] - candidates).square().sum(2).clamp(max=0.05).sum((-1, -2))        # (n, backgrounds)
         background = error.argmin(1)
         B = candidates[background]                                                               # (n, 3, S, S)
-        cells = lambda a: a.unflatten(2, (grid, cell)).unflatten(4, (grid, cell)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-        r, b = cells(x - B).flatten(3), cells(B).flatten(3)                                      # (n, cells, 3, P)
+        cells = lambda a: a.view(n, 3, grid, cell, grid, cell).permute(0, 2, 4, 1, 3, 5).reshape(n, grid ** 2, 3, -1)
+        r, b = cells(x - B), cells(B)                                                            # (n, cells, 3, P)
         delta = palette[:, :, None] - b[:, :, None]                                              # (n, cells, C, 3, P)
         inner, energy = (delta * r[:, :, None]).sum(3), delta.square().sum(3)                    # (n, cells, C, P)
         energy = energy @ templates.square().T                                                   # (n, cells, C, T)
-        gain = 2 * (inner @ templates.T) - energy                                                # residual explained away
+        gain = 2 * (inner @ templates.T) - energy                              # (n, cells, C, T) explained away
         best, which = gain.flatten(2).max(2)
         colour, t = which // len(templates), which % len(templates)
         found["background"].append(background)
@@ -294,8 +295,8 @@ def score(images: torch.Tensor, scenes: Scenes) -> dict[str, torch.Tensor]:
     """Prompt accuracy of images (uint8 (N, 3, H, W)) that were meant to show `scenes`.
 
     Returns float64 (N,) per attribute: `count`, `places` (the set of occupied places) and `background` are right or
-    wrong; `shapes`, `colours`, `sizes` are the share of the scene's objects that are right, a missing object counting as
-    wrong. `accuracy` is the mean of the six; `all` is 1 where everything is right.
+    wrong; `shapes`, `colours`, `sizes` are the share of the scene's objects that are right, a missing object counting
+    as wrong. `accuracy` is the mean of the six; `all` is 1 where everything is right.
     """
     found = match(images, scenes.difficulty)
     place = torch.as_tensor(scenes.place)

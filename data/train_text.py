@@ -1,9 +1,9 @@
-"""Train the offline text encoder: a small T5Gemma encoder and its tokenizer, for tracks that must run without downloads.
+"""Train the offline text encoder: a small T5Gemma encoder and its tokenizer, for tracks that run without downloads.
 
-    python data/train_text.py            # about six minutes on two cores; writes data/networks/text/
+    python data/train_text.py            # about ten minutes on two cores; writes data/networks/text/
 
-The trainer conditions on the hidden states of a frozen encoder. A random one will not do: its states do not say which
-colour belongs to which shape. This one learned it from text alone: 10 learned questions ("what is in the top left?", ...
+The trainer conditions on the hidden states of a frozen encoder. The states of a random one would not say which colour
+belongs to which shape. This one learned it from text alone: ten learned questions ("what is in the top left?", ...
 "what is behind?") attend to its states and must answer from the caption. Captions are of the `train` split only; the
 questions are thrown away, the encoder is saved as a plain Hugging Face folder. Its log lies beside its weights.
 """
@@ -25,7 +25,7 @@ from data.scenes import (BACKGROUNDS, COLOURS, MICRO, MINI, PATTERNS, PLACES, SH
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 480):
-    """BPE over words with byte fallback, as Gemma's: whole words of the captions, any other text in letters or bytes."""
+    """BPE with byte fallback, as Gemma's: whole words of the captions; any other text in letters or bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -34,9 +34,9 @@ def train_tokenizer(texts: list[str], vocab_size: int = 480):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
     special = ["<pad>", "<eos>", "<bos>", "<unk>"] + [f"<0x{i:02X}>" for i in range(256)]
+    alphabet = list("abcdefghijklmnopqrstuvwxyz0123456789.,:'-")
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789.,:'-"),
-        show_progress=False))
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
@@ -106,8 +106,9 @@ def main():
     questions = Questions(args.width)
     parameters = [*encoder.parameters(), *questions.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    lines = [f"{vars(args) | {'out': args.out.name}}", f"torch {torch.__version__}, vocabulary {len(tokenizer)}, encoder "
-             f"{sum(p.numel() for p in encoder.parameters()):,} parameters"]
+    size = sum(p.numel() for p in encoder.parameters())
+    lines = [f"{vars(args) | {'out': args.out.name}}",
+             f"torch {torch.__version__}, vocabulary {len(tokenizer)}, encoder {size:,} parameters"]
     print(*lines, sep="\n")
 
     def run(index):
@@ -115,7 +116,8 @@ def main():
         tokens = tokenizer(texts, padding=True, return_tensors="pt")
         states = encoder(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
         places, ground = questions(states, tokens["attention_mask"].bool())
-        losses = [F.cross_entropy(p.flatten(0, 1), truth[:, :, i].flatten(), ignore_index=-1) for i, p in enumerate(places)]
+        losses = [F.cross_entropy(p.flatten(0, 1), truth[:, :, i].flatten(), ignore_index=-1)
+                  for i, p in enumerate(places)]
         right = [((p.argmax(-1) == truth[:, :, i]) | (truth[:, :, i] < 0)).all(1) for i, p in enumerate(places)]
         right = torch.stack(right + [ground.argmax(-1) == background]).all(0)
         return sum(losses) + F.cross_entropy(ground, background), right.float().mean()
@@ -135,7 +137,8 @@ def main():
     encoder.eval()
     with torch.no_grad():
         right = torch.stack([run(10_000_000 // args.batch + i)[1] for i in range(16)]).view(8, 2).mean(0)
-    lines.append(f"new captions read without any error: micro {right[0].item():.4f}, mini {right[1].item():.4f} (n = {args.batch * 8} each)")
+    lines.append(f"new captions read without any error: micro {right[0].item():.4f}, mini {right[1].item():.4f} "
+                 f"(n = {args.batch * 8} each)")
     print(lines[-1])
     args.out.mkdir(parents=True, exist_ok=True)
     encoder.save_pretrained(args.out)

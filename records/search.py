@@ -18,13 +18,13 @@ LOG = ROOT / "records/micro_search.jsonl"
 
 OURS = "--lr 5e-3 --lr-adamw 3e-3 --shift 2"
 BASE = "--recipe baseline --shift 2"
-B128, B64, B32 = "--batch 128 --steps 300", "--batch 64 --steps 600", "--batch 32 --steps 1200"
+B128, B64 = "--batch 128 --steps 300", "--batch 64 --steps 600"
 TRIALS = [
     f"{B128} {OURS}", f"{BASE} {B128} --lr 2e-3",
     f"{B64} {OURS}", f"{BASE} {B64} --lr 2e-3",
     f"{B64} --lr 1e-2 --lr-adamw 6e-3 --shift 2", f"{BASE} {B64} --lr 4e-3",
     f"{B64} --lr 3e-3 --lr-adamw 2e-3 --shift 2", f"{BASE} {B64} --lr 1e-3",
-    f"{B32} --lr 3e-3 --lr-adamw 2e-3 --shift 2", f"{BASE} {B32} --lr 1.5e-3 --warmup 0.05",
+    f"{B64} --lr 5e-3 --lr-adamw 3e-3 --shift 1", f"{BASE} {B64} --lr 2e-3 --warmup 0.05",
 ]
 
 
@@ -36,7 +36,7 @@ def trial(flags: str, name: str = "search") -> dict:
     from data import scenes as S
 
     command = [sys.executable, str(ROOT / "train_prx.py"), "--track", "micro", "--name", name, "--resume", "never",
-               "--samples", "0", "--hidden", "128", "--heads", "4", *flags.split()]
+               "--samples", "0", *flags.split()]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     run = Path("logs") / name
     config = json.loads((run / "config.json").read_text())

@@ -57,9 +57,10 @@ def test_gradients_equal_diffusers():
     ours, theirs = both()
     x, t, text, mask = inputs()
     ours(x, t, text, mask).square().mean().backward()
-    theirs(hidden_states=x, timestep=t, encoder_hidden_states=text, attention_mask=mask).sample.square().mean().backward()
-    for (name, p), q in zip(ours.named_parameters(), dict(theirs.named_parameters()).values()):
-        assert (p.grad - dict(theirs.named_parameters())[name].grad).abs().max() < 1e-5 * max(1, q.grad.abs().max()), name
+    theirs(x, t, text, mask).sample.square().mean().backward()
+    expected = {n: q.grad for n, q in theirs.named_parameters()}
+    for name, p in ours.named_parameters():
+        assert (p.grad - expected[name]).abs().max() < 1e-5 * max(1, expected[name].abs().max()), name
 
 
 def test_the_comparison_notices_every_input_and_every_parameter():
@@ -138,7 +139,9 @@ def test_flops_count_the_matrix_products():
 
     model = randomise(T.PRX(**SMALL))
     x, t, text, _ = inputs()
-    math_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # the counter knows its products
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    math_attention = sdpa_kernel(SDPBackend.MATH)  # the counter knows its products
     with FlopCounterMode(display=False) as counter, torch.no_grad(), math_attention:
         model(x, t, text)
     ours = 3 * T.flops_per_image(model.config, 64, 7)
@@ -186,8 +189,8 @@ def test_sampler_walks_from_noise_to_the_data_of_a_perfect_model(predict, cfg_sc
         return star[:1].expand(len(x), -1, -1, -1) if predict == "x" else (x - star[:1]) / time
 
     text, mask = torch.zeros(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)
-    out = T.sample(model, torch.randn(2, 3, 4, 4), text, mask, text[:1, :2], mask[:1, :2], steps=12, cfg_scale=cfg_scale,
-                   shift=3.0, predict=predict)
+    out = T.sample(model, torch.randn(2, 3, 4, 4), text, mask, text[:1, :2], mask[:1, :2], steps=12,
+                   cfg_scale=cfg_scale, shift=3.0, predict=predict)
     assert torch.allclose(out, star, atol=1e-5)
     assert calls == [4 if cfg_scale != 1 else 2] * 12
 

@@ -9,8 +9,8 @@ import torch
 import train_prx as T
 
 MUON = T.Config(optimizer="muon", lr=0.02, lr_adamw=3e-3, weight_decay=0.1, clip=0.0, ema=0.0)
-SHAPES = {"blocks.0.a.weight": (12, 8), "blocks.1.a.weight": (12, 8), "blocks.0.b.weight": (8, 20), "blocks.0.norm": (8,),
-          "img_in.weight": (8, 6), "img_in.bias": (8,)}
+SHAPES = {"blocks.0.a.weight": (12, 8), "blocks.1.a.weight": (12, 8), "blocks.0.b.weight": (8, 20),
+          "blocks.0.norm": (8,), "img_in.weight": (8, 6), "img_in.bias": (8,)}
 
 
 def parameters(seed=0):
@@ -203,5 +203,5 @@ def test_all_parameters_of_prx_have_their_group():
     muon = {n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
     assert len(muon) == 16 * 7
     assert {re.sub(r"^blocks\.\d+\.", "", n) for n in muon} == {
-        "attention.img_qkv_proj.weight", "attention.txt_kv_proj.weight", "attention.to_out.0.weight", "gate_proj.weight",
-        "up_proj.weight", "down_proj.weight", "modulation.lin.weight"}
+        "attention.img_qkv_proj.weight", "attention.txt_kv_proj.weight", "attention.to_out.0.weight",
+        "gate_proj.weight", "up_proj.weight", "down_proj.weight", "modulation.lin.weight"}

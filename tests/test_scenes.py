@@ -101,7 +101,8 @@ def test_the_matcher_is_at_chance_on_shuffled_prompts():
 
 @pytest.mark.parametrize("attribute, change", [
     ("colours", lambda s: s.colour.__iadd__(1).__imod__(6)), ("shapes", lambda s: s.shape.__iadd__(1).__imod__(5)),
-    ("sizes", lambda s: s.size.__isub__(1).__imul__(-1)), ("background", lambda s: s.background.__iadd__(1).__imod__(12))])
+    ("sizes", lambda s: s.size.__isub__(1).__imul__(-1)),
+    ("background", lambda s: s.background.__iadd__(1).__imod__(12))])
 def test_a_wrong_attribute_costs_that_attribute_alone(attribute, change):
     scenes, wrong = S.draw_scenes(range(300)), S.draw_scenes(range(300))
     change(wrong)
