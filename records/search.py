@@ -25,6 +25,7 @@ TRIALS = [
     f"{B64} --lr 1e-2 --lr-adamw 6e-3 --shift 2", f"{BASE} {B64} --lr 4e-3",
     f"{B64} --lr 3e-3 --lr-adamw 2e-3 --shift 2", f"{BASE} {B64} --lr 1e-3",
     f"{B64} --lr 5e-3 --lr-adamw 3e-3 --shift 1", f"{BASE} {B64} --lr 2e-3 --warmup 0.05",
+    f"{B64} --lr 5e-3 --lr-adamw 3e-3 --shift 0.5", f"--recipe baseline --shift 1 {B64} --lr 2e-3",
 ]
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import train_prx as T
 
 SCRIPT = Path(T.__file__)
-TINY = "--track micro --hidden 32 --heads 2 --depth 2 --batch 16 --samples 0 --sample-steps 2 --compile off --compute fp32".split()
+TINY = ("--track micro --hidden 32 --heads 2 --depth 2 --batch 16 --samples 0 --sample-steps 2 --compile off "
+        "--compute fp32").split()
 
 
 def run(*flags, code=0):
@@ -94,12 +95,12 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(in_tmp):
 
 
 def test_bf16_compute_follows_an_all_fp32_run(in_tmp):
-    flags = ["--steps", 40, "--lr", 0.01, "--lr-adamw", 0.01]
+    flags = ["--steps", 40]
     run(*flags, "--name", "fp32")
     assert T.main([*TINY[:-2], "--compute", "bf16", *map(str, flags), "--name", "bf16"]) == 0
     full, low = np.array(losses("fp32")), np.array(losses("bf16"))
     assert not np.array_equal(full, low)
-    assert np.abs(low / full - 1).max() < 0.1 and abs(low.mean() / full.mean() - 1) < 0.02
+    assert np.abs(low / full - 1).mean() < 0.05 and abs(low.mean() / full.mean() - 1) < 0.02
     assert all(v.dtype == torch.float32 for v in weights("bf16").values())
 
 
@@ -111,10 +112,11 @@ def test_compiled_blocks_give_the_same_losses(in_tmp):
     torch.compiler.reset()
 
 
-def test_without_a_compiler_a_run_goes_on_and_says_so(in_tmp, capsys, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    run("--steps", 2, "--name", "r", "--compile", "on")
-    assert "no C++ compiler was found, so the blocks are not compiled" in capsys.readouterr().out
+def test_without_a_compiler_a_run_goes_on_and_says_so(in_tmp):
+    environment = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(in_tmp / "cache")}
+    done = shell(SCRIPT, *TINY, "--steps", 2, "--name", "r", "--compile", "on", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "torch.compile does not work here, so the blocks run uncompiled" in done.stdout and "no-such" in done.stdout
 
 
 # --- stop and resume
@@ -305,6 +307,7 @@ def test_images_from_a_folder_and_from_a_tar_train_and_sample(in_tmp):
     (["--track", "micro", "--predict", "eps"], "--predict eps is unknown; use one of x, v"),
     (["--track", "micro", "--name", "../up"], "--name '../up' must be a plain folder name"),
     (["--track", "micro", "--ema", "1"], "--ema 1"),
+    (["--track", "micro", "--text-tokens", "50"], "--text-tokens 50 must be a multiple of --text-pad 40"),
     (["--track", "micro", "--lr", "-1"], "--lr -1.0 must be positive"),
     (["--track", "micro", "--text", "/nowhere/at/all"], "--text /nowhere/at/all cannot be loaded"),
     (["--track", "micro", "--resume", "nothing-here"], "--resume nothing-here holds no complete checkpoint"),
