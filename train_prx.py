@@ -1153,7 +1153,7 @@ def draw_batch(images, captions, c: Config, step: int, rows: slice, device):
 
 
 def cannot_compile(device) -> str:
-    """Why torch.compile does not work on this machine (on a CPU it needs a C++ compiler and Python's headers), or ''."""
+    """Why torch.compile does not work here (on a CPU it needs a C++ compiler and Python's headers), or ''."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
         return ""
@@ -1238,6 +1238,12 @@ def train(config: Config, stages: list[Stage]) -> int:
     prompts = data.prompts(16)
     grid = lambda name: sample_fixed_prompts(model, optimizer, text_encoder, prompts, data.size, c,
                                              run / "samples" / f"{name}.png", world)
+    if compiled:  # now: the warm-up of a time-driven schedule must not pass while its first step compiles
+        b = config.batch // config.accumulate // world.size
+        images = torch.zeros(b, 3, *data.size, device=device)
+        flow_matching_loss(model, images, images, torch.ones(b, device=device), *text_encoder.encode((prompts * b)[:b]),
+                           config.predict).sum().backward()
+        model.zero_grad(set_to_none=True)
     stage, loader, next_grid, c = None, None, None, config
     [elapsed] = world.agree(clock())
     heart, last_checkpoint = Heartbeat(log, world, elapsed), elapsed
