@@ -301,7 +301,7 @@ def prompt_noise(split: str, indices, res: int, seed: int) -> torch.Tensor:
 def evaluate_run(config: dict, paint, networks: dict[str, Features], out: Path, *, n: int, steps: int, cfg: float,
                  batch: int, seed: int) -> dict:
     """Prompt accuracy and metrics of a run as `load_run` gives it; writes samples.png into the folder `out`."""
-    difficulty, res = scenes.MINI if config["track"] == "mini" else scenes.MICRO, config["resolution"]
+    difficulty, res = scenes.difficulty_of(config["track"]), config["resolution"]
     seconds, metrics, fake, prompts_hash, shown = Stopwatch(), {}, ImageSet(networks), hashlib.sha256(), []
     for split, count in (("eval", n), ("unseen", n // 4)):
         scores = []

@@ -59,7 +59,7 @@ class Config:
     # run
     track: str = "24h"  # 24h | mini | micro: which data, model, budget and rules (records/README.md)
     recipe: str = "default"  # default | baseline (PRX part 2's: AdamW 1e-4, constant, no EMA) | tuned-baseline
-    name: str = ""  # the run's folder in logs/; empty: the track's name, and the recipe's if it is not the default
+    name: str = ""  # the run's folder in logs/; empty: the track, and the recipe and the data where they differ from it
     seed: int = 0  # every random draw is a function of (seed, step, global sample index)
     steps: int = 0  # length in steps, reproducible to the bit; 0: the length is given in hours
     hours: float = 24.0  # length in wall-clock hours from process start to final weights on disk; 0: given in steps
@@ -99,7 +99,7 @@ class Config:
     eps: float = 1e-8  # AdamW; 1e-15 in part 2's baseline
     weight_decay: float = 0.0  # decoupled, of everything; part 2
     clip: float = 1.0  # largest norm of the gradient over all parameters; 0.2 in part 2's baseline
-    ema: float = 0.999  # decay of the weights' moving average, in FP32, of the masters; 0: off
+    ema: float = 0.999  # decay per step of the weights' moving average, in FP32, of the masters; 0: off
     ema_every: int = 10  # steps between its updates
     # precision and speed
     compute: str = "auto"  # auto | bf16 | fp32, of matmuls; masters stay FP32. FID 18.20, 21.87 otherwise, part 2
@@ -166,7 +166,10 @@ def parse_args(argv=None) -> tuple[Config, list[Stage]]:
         flags["hours"] = 0.0
     config = dataclasses.replace(config, **RECIPES[flags.get("recipe", "default")] | flags)
     if not config.name:
-        config = dataclasses.replace(config, name=config.track + f"-{config.recipe}" * (config.recipe != "default"))
+        parts = [config.track] + [config.recipe] * (config.recipe != "default")
+        if config.data and config.data != TRACKS[config.track][0].data:
+            parts += [re.sub(r"[^\w.-]", "_", Path(config.data).resolve().name)]
+        config = dataclasses.replace(config, name="-".join(parts))
     stages = [Stage(s.share, {k: v for k, v in s.knobs.items() if k not in flags}) for s in stages]
     check_config(config)
     return config, stages
@@ -183,13 +186,17 @@ def check_config(c: Config):
         need(getattr(c, knob) in options.split(),
              f"{flag(knob)} {getattr(c, knob)} is unknown; use one of {', '.join(options.split())}")
     for knob in ("batch", "accumulate", "hidden", "depth", "heads", "patch", "text_tokens", "lr", "lr_adamw",
-                 "ema_every", "sample_steps", "ns_steps", "shift", "checkpoint_minutes", "resolution", "text_pad"):
+                 "ema_every", "sample_steps", "ns_steps", "shift", "checkpoint_minutes", "resolution", "text_pad",
+                 "eps", "mlp_ratio"):
         need(getattr(c, knob) > 0, f"{flag(knob)} {getattr(c, knob)} must be positive")
-    for knob in ("uniform", "caption_dropout", "warmup", "decay_from", "momentum", "beta1", "beta2", "ema"):
+    for knob in ("uniform", "caption_dropout", "warmup", "decay_from"):
         need(0 <= getattr(c, knob) <= 1, f"{flag(knob)} {getattr(c, knob)} must lie in 0 to 1")
+    for knob in ("momentum", "beta1", "beta2", "ema"):
+        need(0 <= getattr(c, knob) < 1, f"{flag(knob)} {getattr(c, knob)} must be at least 0 and less than 1")
+    need(0 <= c.seed < 2 ** 63, f"--seed {c.seed} must lie in 0 to 2^63 - 1")
+    need(c.hours < math.inf, f"--hours {c.hours} must be finite")
     for knob in ("steps", "hours", "stop_after", "clip", "bottleneck", "samples", "weight_decay"):
         need(getattr(c, knob) >= 0, f"{flag(knob)} {getattr(c, knob)} must not be negative")
-    need(c.ema < 1, "--ema 1 would never leave the first weights; use less than 1, or 0 for none")
     need(c.steps or c.hours, "the run has no length; give --steps or --hours")
     need(c.warmup <= c.decay_from,
          f"--warmup {c.warmup} ends after --decay-from {c.decay_from} begins; lower one of them")
@@ -237,6 +244,9 @@ def setup_world() -> World:
     cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
+        if local >= torch.cuda.device_count():
+            raise UserError(f"rank {local} of this machine has no GPU, there are {torch.cuda.device_count()}; lower "
+                            "--nproc_per_node")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32: Muon's and the loss's
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -249,8 +259,8 @@ def process_age() -> float:
     """Seconds since this process began (from Linux's /proc; elsewhere 0, which misses the imports)."""
     try:
         started = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return float(Path("/proc/uptime").read_text().split()[0]) - started
-    except (OSError, ValueError, IndexError):
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+    except (OSError, ValueError, IndexError, AttributeError):
         return 0.0
 
 
@@ -272,6 +282,7 @@ class Log:
         if self.on:
             folder.mkdir(parents=True, exist_ok=True)
             self.text, self.metrics = open(folder / "log.txt", "a"), open(folder / "metrics.jsonl", "a")
+            self.metrics.write("\n" * (self.metrics.tell() > 0))  # a line that a crash cut short stays alone
         self.live = self.on and sys.stderr.isatty()
 
     def __call__(self, line: str, show: bool = True):
@@ -282,8 +293,11 @@ class Log:
                 print("\r\033[K" * self.live + line, flush=True)
 
     def write(self, **record):
+        """One line of metrics.jsonl. JSON knows no NaN: what is not finite becomes null."""
+        finite = lambda x: x if not isinstance(x, float) or math.isfinite(x) else None
         if self.on:
-            self.metrics.write(json.dumps(record) + "\n")
+            record = {k: [finite(x) for x in v] if isinstance(v, list) else finite(v) for k, v in record.items()}
+            self.metrics.write(json.dumps(record | {"time": time.time()}) + "\n")
             self.metrics.flush()
 
     def progress(self, line: str, new_line: bool):
@@ -293,13 +307,24 @@ class Log:
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
+def read_metrics(run: Path) -> list[dict]:
+    """The records of metrics.jsonl; a line that a crash cut short is passed over."""
+    records = []
+    for line in (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            pass
+    return [r for r in records if isinstance(r, dict) and "elapsed" in r]
+
+
 class Heartbeat:
     """Collects scalars on the device; every few seconds reads them at once and writes them down."""
 
     EVERY = 5.0  # seconds
 
     def __init__(self, log: Log, world: World, now: float):
-        self.log, self.world, self.last, self.pending = log, world, now, []
+        self.log, self.world, self.last, self.pending, self.shown = log, world, now, [], 0
 
     def add(self, loss, by_time, norm, progress: float):
         self.pending.append((loss, by_time, norm, progress))
@@ -308,22 +333,22 @@ class Heartbeat:
         """images: per step, of all ranks. flops: of a training step per image. record: what else metrics.jsonl gets."""
         if not self.pending:
             return
-        losses, by_time, norms = (torch.stack(x) for x in list(zip(*self.pending))[:3])
+        *scalars, progresses = zip(*self.pending)
+        losses, by_time, norms = map(torch.stack, scalars)
         if self.world.size > 1:
             dist.all_reduce(losses)
             dist.all_reduce(by_time)
         losses, by_time = (losses / self.world.size).tolist(), by_time.sum(0)
-        progresses = [p[3] for p in self.pending]
         progress, rate = progresses[-1], images * len(losses) / max(now - self.last, 1e-9)
         self.log.write(progress=progress, elapsed=now, loss=float(np.mean(losses)), losses=losses,
-                       progresses=progresses, grad_norm=norms.mean().item(),
+                       progresses=list(progresses), grad_norm=norms.mean().item(),
                        loss_by_time=(by_time[0] / by_time[1].clamp(min=1)).tolist(),
                        images_per_s=rate, **record)
         mfu = f"MFU {flops * rate / self.world.size / PEAK_FLOPS:.1%}  " if self.world.device.type == "cuda" else ""
         left = now * (1 / progress - 1) if progress else 0.0
         self.log.progress(f"step {record['step']:6d}  {progress:6.1%}  loss {np.mean(losses):.4f}  {rate:,.0f} images/s"
-                          f"  {mfu}{now:.0f} s, {left:.0f} s left", int(progress * 20) > int(progresses[0] * 20))
-        self.last, self.pending = now, []
+                          f"  {mfu}{now:.0f} s, {left:.0f} s left", int(progress * 20) > self.shown)
+        self.last, self.pending, self.shown = now, [], int(progress * 20)
 
 
 def describe_machine(world: World) -> dict:
@@ -529,7 +554,7 @@ class PRX(nn.Module):
 
 
 def flops_per_image(config: dict, tokens: int, text_tokens: int) -> float:
-    """Matmul FLOPs of one forward pass of one image. A training step is three times that."""
+    """Matmul FLOPs of one forward pass of one image, less the time embedding's. A training step is three times that."""
     d, patch = config["hidden_size"], config["in_channels"] * config["patch_size"] ** 2
     linear = tokens * (4 + 3 * config["mlp_ratio"]) + text_tokens * 2 + 6      # in units of d * d
     attention = 2 * tokens * (tokens + text_tokens)                            # in units of d
@@ -582,7 +607,7 @@ def flow_matching_loss(model, x_0, eps, t, text, mask, predict: str):
 class TextEncoder:
     """encode(prompts) -> last hidden states (B, T, width) FP32 and mask (B, T) bool, T a multiple of `pad`.
 
-    Prompts are taken as they are: data/prepare.py and eval_prx.py clean them as diffusers' PRXPipeline does.
+    Prompts are taken as they are; data/prepare.py has cleaned captions as diffusers' PRXPipeline cleans its prompts.
     Raises UserError when the weights cannot be had.
     """
 
@@ -601,7 +626,7 @@ class TextEncoder:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
             self.model = cls.from_pretrained(folder, config=config, use_safetensors=True, dtype=dtype)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"--text {name} cannot be loaded ({reason}); give a folder, ask for access to the "
                             "repository, or use --text tiny") from None
         self.model.to(device).eval().requires_grad_(False)
@@ -635,6 +660,10 @@ def orthogonalize(G: torch.Tensor, steps: int = 5, coefficients=(3.4445, -4.7750
     return X.mT if G.shape[1] > G.shape[2] else X
 
 
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class MuonAdamW:
     """Muon (as torch.optim.Muon with match_rms_adamw) and AdamW (as torch.optim.AdamW) over flat FP32 vectors.
 
@@ -643,7 +672,7 @@ class MuonAdamW:
     summed in FP32 in `grads` (world, size), one row per owner; a reduce-scatter hands each owner its row, and after the
     update an all-gather hands the weights back. `master`, `ema` and the state exist for owned parameters only.
 
-    Build it on the FP32 model, then set the model's compute dtype, then publish().
+    Build it on the FP32 model, then set the model's compute dtype.
     """
 
     def __init__(self, named_parameters, config: Config, world: World = World()):
@@ -679,7 +708,8 @@ class MuonAdamW:
             view.copy_(self.params[name].detach())
         self.ema = self.master.clone() if config.ema else self.master
         self.grad_views = {n: v for rank, row in enumerate(self.grads) for n, v in self.views(row, rank).items()}
-        self.steps, self.filled, self.skipped = 0, False, zeros(())  # skipped: non-finite steps in a row
+        self.steps, self.ema_steps, self.filled = 0, 0, False
+        self.skipped, self.skipped_in_a_row = zeros(()), zeros(())  # steps with a non-finite gradient
         self.publish()
 
     def views(self, flat: torch.Tensor, rank: int | None = None, offset: int = 0) -> dict[str, torch.Tensor]:
@@ -697,7 +727,7 @@ class MuonAdamW:
         if self.world.size == 1:
             return self.views(flat)
         rows = torch.empty(self.world.size, self.size, dtype=flat.dtype, device=flat.device)
-        dist.all_gather_into_tensor(rows.view(-1), flat)
+        all_gather(rows.view(-1), flat)
         return {n: v for rank, row in enumerate(rows) for n, v in self.views(row, rank).items()}
 
     @torch.no_grad()
@@ -732,14 +762,15 @@ class MuonAdamW:
         grad = self.grads[0]
         if self.world.size > 1:
             grad = torch.empty_like(self.master)
-            dist.reduce_scatter_tensor(grad, self.grads.view(-1))
+            reduce_scatter(grad, self.grads.view(-1))
             grad /= self.world.size
         square = grad.square().sum()
         if self.world.size > 1:
             dist.all_reduce(square)
         norm = square.sqrt()
         good = norm.isfinite()
-        self.skipped = torch.where(good & (self.skipped < 10), 0.0, self.skipped + 1)  # 10 in a row stay on record
+        self.skipped += ~good
+        self.skipped_in_a_row = torch.where(good & (self.skipped_in_a_row < 10), 0.0, self.skipped_in_a_row + 1)
         scale = (c.clip / (norm + 1e-6)).clamp(max=1.0) if c.clip else 1.0
         grad = torch.where(good, grad * scale, 0.0)
         rate = good * lr_share  # zero where the step is skipped
@@ -761,9 +792,16 @@ class MuonAdamW:
         w.sub_((m / denominator).mul_(rate * (lr / (1 - c.beta1 ** self.steps))))
 
         self.publish()
-        if c.ema and self.steps % c.ema_every == 0:  # (1 + s) / (10 + s): a short memory at first
-            self.ema.lerp_(self.master, 1 - min(c.ema, (1 + self.steps) / (10 + self.steps)) ** c.ema_every)
+        if self.steps % c.ema_every == 0:
+            self.update_ema()
         return norm
+
+    def update_ema(self):
+        """Bring the moving average up to this step. At first its memory is short: (1 + s) / (10 + s)."""
+        if self.config.ema:
+            decay = min(self.config.ema, (1 + self.steps) / (10 + self.steps)) ** (self.steps - self.ema_steps)
+            self.ema.lerp_(self.master, 1 - decay)
+        self.ema_steps = self.steps
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Views of everything this rank owns, in FP32, by kind and parameter: `master/NAME`, `momentum/NAME`, ..."""
@@ -776,7 +814,7 @@ class MuonAdamW:
         """`read(key)` returns a tensor of state_dict(), from whichever rank's file holds it."""
         for key, view in self.state_dict().items():
             view.copy_(read(key))
-        self.steps = steps
+        self.steps, self.ema_steps = steps, steps - steps % self.config.ema_every
         self.publish()
 
 
@@ -799,7 +837,7 @@ class SceneData:
         from data import scenes
 
         self.scenes, self.config = scenes, config
-        self.difficulty = scenes.MICRO if config.track == "micro" else scenes.MINI
+        self.difficulty = scenes.difficulty_of(config.track)
         self.about = f"scenes, {self.difficulty}, protocol {self.difficulty.protocol}"
         self.size = (config.resolution, config.resolution)
 
@@ -830,26 +868,38 @@ class ShardData:
         if not index.exists():
             raise UserError(f"--data {config.data} holds no index.json; give 'scenes' or a folder that data/prepare.py "
                             "wrote")
-        self.index = json.loads(index.read_text())
-        if self.index.get("format") != self.FORMAT:
-            raise UserError(f"{index} has format {self.index.get('format')}, this script reads {self.FORMAT}; prepare "
-                            "the data again")
-        shards = self.index["shards"]
+        try:
+            content = json.loads(index.read_text())
+            if content["format"] != self.FORMAT:
+                raise UserError(f"{index} has format {content['format']}, this script reads {self.FORMAT}; prepare the "
+                                "data again")
+            shards = [dict(file=str(s["file"]), count=int(s["count"]), height=int(s["height"]), width=int(s["width"]))
+                      for s in content["shards"]]
+            self.shards, self.fields = shards, [str(f) for f in content["captions"]]
+            shards[0]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{index} is damaged ({type(error).__name__} {error}); prepare the data again") from None
         for s in shards:
             if s["height"] % config.patch or s["width"] % config.patch:
                 raise UserError(f"the {s['height']} x {s['width']} images of {config.data} are not a multiple of "
                                 f"--patch {config.patch}")
         self.first = np.cumsum([0] + [s["count"] for s in shards])  # the id of each shard's first sample
         self.files, self.config = {}, config
-        self.about = f"{self.index['count']} images, {len(shards)} shards, captions {', '.join(self.index['captions'])}"
+        for s in range(len(shards)):  # every header now, on every rank: better than in the middle of the run
+            self.open(s)
+        self.about = f"{self.first[-1]} images, {len(shards)} shards, captions {', '.join(self.fields)}"
         self.size = (shards[0]["height"], shards[0]["width"])  # of the sample grids
 
     def open(self, shard: int):
         if shard not in self.files:
-            path = self.folder / self.index["shards"][shard]["file"]
+            about = self.shards[shard]
+            path = self.folder / about["file"]
             try:
                 file = safe_open(path, "pt")
-                offsets = {f: file.get_tensor(f"caption.{f}.offset").tolist() for f in self.index["captions"]}
+                offsets = {f: file.get_tensor(f"caption.{f}.offset").tolist() for f in self.fields}
+                shape, expected = file.get_slice("image").get_shape(), [about[k] for k in ("count", "height", "width")]
+                if shape != [expected[0], 3, *expected[1:]] or any(len(x) != shape[0] + 1 for x in offsets.values()):
+                    raise OSError("it does not hold {} captioned images of {} x {}".format(*expected))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"shard {path} cannot be read ({error}); restore the file or prepare the data again"
                                 ) from None
@@ -867,19 +917,21 @@ class ShardData:
         return file.get_slice("image")[i:i + 1][0], text
 
     def prompts(self, n: int) -> list[str]:
-        return [self.read(i % self.index["count"], "long")[1] for i in range(n)]
+        """The first captions: of training images, as nothing is held out of such a folder."""
+        return [self.read(i % int(self.first[-1]), self.fields[0])[1] for i in range(n)]
 
     def order(self, c: Config):
         """Endless global batches of sample ids, one bucket each: shards shuffled, then samples in windows; each sample
         once per epoch, remainders of a bucket carried over."""
-        shape = [(s["height"], s["width"]) for s in self.index["shards"]]
+        shape = [(s["height"], s["width"]) for s in self.shards]
+        shape_of = np.repeat(np.arange(len(shape)), np.diff(self.first)).tolist()  # sample -> shard
         pending, epoch = {}, 0
         while True:
             rng = np.random.default_rng((c.seed, epoch))
             ids = np.concatenate([np.arange(self.first[s], self.first[s + 1]) for s in rng.permutation(len(shape))])
             for start in range(0, len(ids), self.WINDOW):
                 for i in rng.permutation(ids[start:start + self.WINDOW]):
-                    bucket = pending.setdefault(shape[int(np.searchsorted(self.first, i, "right")) - 1], [])
+                    bucket = pending.setdefault(shape[shape_of[i]], [])
                     bucket.append(int(i))
                     if len(bucket) == c.batch:
                         yield bucket.copy()
@@ -1024,8 +1076,11 @@ def save_checkpoint(run: Path, optimizer: MuonAdamW, state: dict, world: World, 
     """
     final = run / "checkpoint" / f"step-{state['step']:08d}"
     temporary = final.with_name(final.name + ".tmp")
+    if final.exists() and find_checkpoint(run)[0] == final:  # this step is on disk already
+        return
     if world.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left_over in (run / "checkpoint").glob("step-*.tmp"):
+            shutil.rmtree(left_over)
         temporary.mkdir(parents=True)
     world.barrier()
     tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in optimizer.state_dict().items()}
@@ -1036,7 +1091,7 @@ def save_checkpoint(run: Path, optimizer: MuonAdamW, state: dict, world: World, 
         write_atomically(temporary / "state.json", lambda p: p.write_text(json.dumps(state, indent=2) + "\n"))
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
-        for old in sorted((run / "checkpoint").glob("step-????????"))[:-keep]:
+        for old in [p for p in sorted((run / "checkpoint").glob("step-????????")) if p <= final][:-keep]:
             shutil.rmtree(old)
     world.barrier()
 
@@ -1052,7 +1107,7 @@ def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
             for rank in range(state["ranks"]):
                 safe_open(folder / f"rank-{rank}.safetensors", "pt").keys()
             return folder, notes
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             notes.append(f"checkpoint {folder.name} is passed over: {error}")
     return None, notes
 
@@ -1078,11 +1133,8 @@ def plot_curve(run: Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    losses = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        for i, loss in enumerate(record.get("losses", [])):
-            losses[record["step"] - len(record["losses"]) + i] = loss
+    losses = {record["step"] - len(record["losses"]) + i: loss for record in read_metrics(run)
+              for i, loss in enumerate(record.get("losses", [])) if loss is not None}
     steps = sorted(losses)
     values = np.array([losses[s] for s in steps])
     window = max(1, len(values) // 50)
@@ -1118,7 +1170,7 @@ def find_run(config: Config) -> tuple[Path, Path | None, list[str], float]:
     run = Path("logs") / config.name
     if config.resume == "never":
         return run, None, [], 0.0
-    source = run if config.resume == "auto" else Path(config.resume)
+    source = run if config.resume == "auto" or find_checkpoint(run)[0] else Path(config.resume)
     checkpoint, notes = find_checkpoint(source)
     if checkpoint is None:
         if config.resume != "auto":
@@ -1126,15 +1178,18 @@ def find_run(config: Config) -> tuple[Path, Path | None, list[str], float]:
                             f"({'; '.join(notes) or 'there is no checkpoint/step-* in it'}); give a run's folder such "
                             "as logs/micro, or leave --resume away")
         return run, None, notes, 0.0
-    then = json.loads((source / "config.json").read_text())
+    try:
+        then = dict(json.loads((source / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}/config.json cannot be read ({error}), so it is unknown what its checkpoints belong "
+                        "to; choose another --name") from None
     free = {"resume", "stop_after", "name", "samples", "checkpoint_minutes", "compile"}
     differ = [f"{flag(k)} was {then.get(k)}, now {v}" for k, v in dataclasses.asdict(config).items()
               if k not in free and then.get(k) != v]
     if differ:
         raise UserError(f"{source} was started with other settings ({'; '.join(differ)}); repeat its flags, choose "
                         "another --name, or give --resume never to throw it away")
-    lines = [line for line in (source / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
-    return run, checkpoint, notes, max([json.loads(line)["elapsed"] for line in lines], default=0.0)
+    return run, checkpoint, notes, ([0.0] + [record["elapsed"] for record in read_metrics(source)])[-1]
 
 
 def draw_batch(images, captions, c: Config, step: int, rows: slice, device):
@@ -1158,7 +1213,7 @@ def cannot_compile(device) -> str:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
         return ""
     except Exception as error:  # dynamo, inductor, a missing or a broken compiler: whatever it is, training can go on
-        return str(error).strip().splitlines()[0]
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def sample_fixed_prompts(model, optimizer, text_encoder, prompts, size, c: Config, path: Path, world: World):
@@ -1190,29 +1245,30 @@ def train(config: Config, stages: list[Stage]) -> int:
         signal.signal(number, lambda n, _: os._exit(128 + n) if caught else caught.append(n))
 
     run, checkpoint, notes, before = find_run(config)
-    if config.resume == "auto" and (run / "transformer/config.json").exists():
+    if config.resume != "never" and (run / "transformer/config.json").exists():
         if world.rank == 0:
             print(f"{run} holds a finished run; choose another --name, or give --resume never to throw it away")
         return 0
-    world.barrier()
+    data = SceneData(config) if config.data == "scenes" else ShardData(config)
+    text_encoder = TextEncoder(config.text, device, config.text_tokens, config.text_pad)
+    world.barrier()  # from here on the folder is written to
     if world.rank == 0 and config.resume == "never":
         shutil.rmtree(run, ignore_errors=True)
+    if world.rank == 0 and not checkpoint:  # nothing to go on from: what a failed start has left does not count
+        (run / "metrics.jsonl").unlink(missing_ok=True)
     clock, log = Clock(before), Log(run, world)
-    log(f"command: {' '.join(sys.argv)}\nconfig: {json.dumps(dataclasses.asdict(config))}\nstages: {stages}\n"
+    log(f"command: {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}\n"
+        f"config: {json.dumps(dataclasses.asdict(config))}\nstages: {stages}\n"
         f"machine: {json.dumps(describe_machine(world))}\n--- source\n{SOURCE}\n--- end of source", show=False)
     for note in notes:
         log(note)
 
-    # Data, frozen networks, model, optimizer
-    data = SceneData(config) if config.data == "scenes" else ShardData(config)
-    text_encoder = TextEncoder(config.text, device, config.text_tokens, config.text_pad)
     bf16 = config.compute == "bf16" or config.compute == "auto" and has_fast_bf16(device)
     model = PRX(in_channels=3, patch_size=config.patch, context_in_dim=text_encoder.width, hidden_size=config.hidden,
                 mlp_ratio=config.mlp_ratio, num_heads=config.heads, depth=config.depth,
                 bottleneck_size=config.bottleneck or None).initialize(config.seed).to(device)
     optimizer = MuonAdamW(model.named_parameters(), config, world)
     model.set_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
-    optimizer.publish()
     # On two cores compiling took 15 to 35 s and a micro step went from 207 to 151 ms
     long = config.steps >= 500 or config.hours >= 2 / 60
     compiled = config.compile == "on" or config.compile == "auto" and (device.type == "cuda" or long)
@@ -1226,9 +1282,10 @@ def train(config: Config, stages: list[Stage]) -> int:
     if checkpoint:
         state |= load_checkpoint(checkpoint, optimizer)
         log(f"resumed from {checkpoint} at step {state['step']}, {before:.0f} s on the clock")
-        log.write(event="resume", step=state["step"], elapsed=clock(), time=time.time())
-    if world.rank == 0 and not (run / "config.json").exists():
-        (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        log.write(event="resume", step=state["step"], elapsed=clock())
+    if world.rank == 0:
+        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        write_atomically(run / "config.json", lambda p: p.write_text(text))
     parameters = sum(p.numel() for p in model.parameters())
     budget = config.hours * 3600 - 1.0 - 2e-8 * parameters  # less the time to write the weights; a guess for 1.2 B
     length = f"{config.steps} steps" if config.steps else f"{config.hours * 60:.3g} minutes"
@@ -1244,27 +1301,28 @@ def train(config: Config, stages: list[Stage]) -> int:
         flow_matching_loss(model, images, images, torch.ones(b, device=device), *text_encoder.encode((prompts * b)[:b]),
                            config.predict).sum().backward()
         model.zero_grad(set_to_none=True)
-    stage, loader, next_grid, c = None, None, None, config
+    stage, loader, next_grid, c = None, None, 1, config
     [elapsed] = world.agree(clock())
     heart, last_checkpoint = Heartbeat(log, world, elapsed), elapsed
 
     def heartbeat():
         tokens = x_0.shape[2] * x_0.shape[3] // c.patch ** 2
         heart.beat(elapsed, c.batch, 3 * flops_per_image(model.config, tokens, text.shape[1]), step=state["step"],
-                   samples=state["samples"], stage=stage, data_stall_s=loader.stall)
-        if optimizer.skipped.item() >= 10:
+                   samples=state["samples"], stage=stage, data_stall_s=loader.stall,
+                   skipped_steps=optimizer.skipped.item())
+        if optimizer.skipped_in_a_row.item() >= 10:
             save_checkpoint(run, optimizer, state, world)
             raise TrainingFailed(f"10 steps in a row had a non-finite gradient; step {state['step']} is kept in "
                                  f"{run}/checkpoint: lower --lr or --lr-adamw, or look at the data")
 
     while True:
         elapsed, number = world.agree(clock(), float(caught[0] if caught else 0))
-        progress = state["step"] / config.steps if config.steps else min(1.0, elapsed / budget)
-        if number or progress >= 1 or state["step"] == config.stop_after > 0:
+        progress = state["step"] / config.steps if config.steps else elapsed / budget if elapsed < budget else 1.0
+        if number or progress >= 1 or 0 < config.stop_after <= state["step"]:
             break
-        if next_grid is None:
+        if stage is None:  # the first step of this process
             state["first_progress"] = progress if state["first_progress"] is None else state["first_progress"]
-            next_grid = int(progress * (config.samples + 1)) + 1
+            next_grid = max(1, math.ceil(progress * (config.samples + 1)))
         if (now := stage_at(progress, stages)) != stage:  # a new stage: its knobs, its data from the first batch on
             if now != state["stage"]:
                 state |= dict(stage=now, batches=0)
@@ -1294,23 +1352,30 @@ def train(config: Config, stages: list[Stage]) -> int:
         if elapsed - last_checkpoint >= config.checkpoint_minutes * 60:
             save_checkpoint(run, optimizer, state, world)
             last_checkpoint = elapsed
-        if progress * (config.samples + 1) >= next_grid:
+        if progress * (config.samples + 1) >= next_grid <= config.samples:
             grid(f"step-{state['step']:08d}")
             next_grid += 1
 
     if heart.pending:
         heartbeat()
+    if loader:
+        loader.stopped = True
     if progress < 1:  # a signal or --stop-after
         save_checkpoint(run, optimizer, state, world)
-        log(f"stopped at step {state['step']} with a checkpoint in {run}; the same command goes on from there")
+        log.write(event="stopped", step=state["step"], elapsed=clock())
+        log(f"stopped at step {state['step']} with a checkpoint in {run}; the same command"
+            f"{'' if number else ', with a later --stop-after or none,'} goes on from there")
         return 128 + int(number) if number else 0
+    if state["step"] == 0:
+        raise TrainingFailed(f"no step fits into --hours {config.hours:.4g}: start-up took {elapsed:.0f} s; give more")
+    optimizer.update_ema()
     tensors = {k: v.cpu() for k, v in optimizer.all_ranks(optimizer.ema).items()}
     if world.rank == 0:
         export_transformer(model.config, {name: tensors[name] for name in optimizer.params}, run / "transformer")
     seconds = clock()  # the clock stops here
     log(f"finished: {state['step']} steps, {state['samples']:,} images, {seconds:.1f} s from process start to final "
         f"weights on disk, data stall {loader.stall if loader else 0:.1f} s")
-    log.write(event="finished", step=state["step"], elapsed=seconds, samples=state["samples"], time=time.time())
+    log.write(event="finished", step=state["step"], elapsed=seconds, samples=state["samples"])
     save_checkpoint(run, optimizer, state, world)
     grid("final")
     if world.rank == 0:

@@ -58,6 +58,10 @@ class Difficulty:
 MICRO, MINI = Difficulty(grid=2, max_objects=2), Difficulty(grid=3, max_objects=4)
 
 
+def difficulty_of(track: str) -> Difficulty:
+    return MICRO if track == "micro" else MINI
+
+
 @dataclass
 class Scenes:
     """A batch of scenes as integer arrays; an absent object has place -1. N scenes, K = max_objects slots.
@@ -332,7 +336,7 @@ def main():
     parser.add_argument("--field", choices=("long", "short"), default="long", help="which captions")
     parser.add_argument("--out", type=Path, default=Path("scenes.png"))
     args = parser.parse_args()
-    scenes = draw_scenes(range(args.n), args.split, MICRO if args.track == "micro" else MINI)
+    scenes = draw_scenes(range(args.n), args.split, difficulty_of(args.track))
     save_grid(render(scenes, args.res), captions(scenes, args.field), args.out)
     print(f"wrote {args.out}: {args.n} scenes of split {args.split}, protocol {scenes.difficulty.protocol}")
 

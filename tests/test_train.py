@@ -35,7 +35,7 @@ def weights(name):
 
 
 def metrics(name):
-    return [json.loads(line) for line in Path(f"logs/{name}/metrics.jsonl").read_text().splitlines()]
+    return T.read_metrics(Path("logs") / name)
 
 
 def losses(name):
@@ -134,20 +134,62 @@ def test_resume_is_bit_identical(in_tmp, recipe):
 
 
 def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(in_tmp):
-    flags = [*TINY, "--steps", "400", "--name", "cut"]
+    flags = [*TINY, "--steps", "100000", "--name", "cut"]
     process = subprocess.Popen([sys.executable, SCRIPT, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not Path("logs/cut/metrics.jsonl").exists() or not metrics("cut"):
+    while not T.read_metrics(Path("logs/cut")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
     stopped = T.find_checkpoint(Path("logs/cut"))[0]
     step = int(stopped.name[5:])
-    assert 0 < step < 400
-    before = metrics("cut")[-1]["elapsed"]
-    run("--steps", 400, "--name", "cut", "--stop-after", step + 2)
-    after = [r for r in metrics("cut") if r.get("losses")]
-    assert sum(len(r["losses"]) for r in after) == step + 2 and after[-1]["elapsed"] > before
+    before = metrics("cut")[-1]
+    assert step > 0 and before["event"] == "stopped" and before["step"] == step
+    run("--steps", 100000, "--name", "cut", "--stop-after", step + 2)
+    assert len(losses("cut")) == step + 2 and metrics("cut")[-1]["elapsed"] > before["elapsed"]
+
+
+def test_a_run_by_hours_goes_on_from_the_same_progress(in_tmp):
+    run("--hours", 1e3, "--name", "r", "--stop-after", 3)
+    before = metrics("r")[-1]["elapsed"]
+    run("--hours", 1e3, "--name", "r", "--stop-after", 4)
+    stopped, resumed = (r for r in metrics("r") if r.get("losses"))
+    budget = 3.6e6 - 1
+    assert stopped["progresses"][-1] * budget < before
+    assert before < resumed["progresses"][0] * budget  # this test's process is older than the run, which may only add
+    state = json.loads((T.find_checkpoint(Path("logs/r"))[0] / "state.json").read_text())
+    assert state["first_progress"] == stopped["progresses"][0]
+
+
+def test_another_run_can_be_gone_on_from_and_then_stands_alone(in_tmp):
+    run("--steps", 6, "--name", "whole")
+    run("--steps", 6, "--name", "a", "--stop-after", 2)
+    run("--steps", 6, "--name", "b", "--resume", "logs/a", "--stop-after", 4)
+    run("--steps", 6, "--name", "b", "--resume", "logs/a")
+    assert losses("b") == losses("whole")[2:] and same(weights("whole"), weights("b"))
+
+
+def test_stages_change_their_knobs_at_their_share_and_resume_inside_one(in_tmp, monkeypatch):
+    stages = [T.Stage(0.5), T.Stage(0.5, dict(resolution=16, batch=8, captions="short", shift=3.0))]
+    monkeypatch.setitem(T.TRACKS, "micro", (T.TRACKS["micro"][0], stages))
+    seen, real = [], T.draw_batch
+    monkeypatch.setattr(T, "draw_batch", lambda images, captions, c, *rest: (
+        seen.append((*images.shape, c.shift)), real(images, captions, c, *rest))[1])
+    flags = [f for f in TINY if f not in ("--batch", "16")]
+    for name, stops in (("whole", [0]), ("cut", [3, 7, 0])):
+        for stop in stops:
+            assert T.main([*flags, "--steps", "10", "--name", name, "--stop-after", str(stop)]) == 0
+        assert seen == [(64, 3, 32, 32, 1.0)] * 5 + [(8, 3, 16, 16, 3.0)] * 5
+        seen.clear()
+    assert same(weights("whole"), weights("cut")) and metrics("whole")[-1]["samples"] == 5 * 64 + 5 * 8
+
+
+def test_the_rate_warms_up_stays_and_decays():
+    c = T.dataclasses.replace(T.Config(), warmup=0.1, decay_from=0.6)
+    share = [T.lr_share(p, 0.05, c) for p in (0.05, 0.10, 0.15, 0.5, 0.6, 0.8, 1.0)]
+    assert np.allclose(share, [0.01, 0.51, 1.0, 1.0, 1.0, 0.5, 0.0])
+    assert T.lr_share(0.0, 0.0, T.dataclasses.replace(c, warmup=0.0)) == T.lr_share(
+        0.99, 0.0, T.dataclasses.replace(c, decay_from=1.0)) == 1.0
 
 
 def test_a_broken_checkpoint_is_passed_over_with_a_sentence(in_tmp, capsys):
@@ -158,6 +200,31 @@ def test_a_broken_checkpoint_is_passed_over_with_a_sentence(in_tmp, capsys):
     run("--steps", 8, "--name", "cut", "--stop-after", 6)
     out = capsys.readouterr().out
     assert "checkpoint step-00000005 is passed over" in out and "resumed from logs/cut/checkpoint/step-00000003" in out
+
+
+def test_a_failed_start_leaves_nothing_that_a_later_run_believes(in_tmp, capsys):
+    run("--steps", 8, "--name", "r", "--captions", "short", "--text", "/nowhere", code=2)
+    assert not Path("logs/r").exists()
+    Path("logs/r").mkdir(parents=True)
+    Path("logs/r/config.json").write_text("{}")
+    Path("logs/r/metrics.jsonl").write_text('{"elapsed": 1e9}\n{"elapsed": 2')
+    run("--steps", 3, "--name", "r")
+    assert max(r["elapsed"] for r in metrics("r")) < 1e9
+    assert json.loads(Path("logs/r/config.json").read_text())["steps"] == 3
+    run("--steps", 4, "--name", "r", "--resume", "never", "--data", "typo", code=2)
+    assert weights("r")
+
+
+def test_damaged_files_of_a_run_are_one_sentence_or_passed_over(in_tmp, capsys):
+    run("--steps", 8, "--name", "r", "--stop-after", 2)
+    with open("logs/r/metrics.jsonl", "a") as file:
+        file.write('{"elapsed": 3, "losses": [1.')
+    run("--steps", 8, "--name", "r")
+    assert len([r for r in T.read_metrics(Path("logs/r")) if r.get("losses")]) == 2
+    run("--steps", 8, "--name", "s", "--stop-after", 2)
+    Path("logs/s/config.json").write_text("{")
+    run("--steps", 8, "--name", "s", code=2)
+    assert "logs/s/config.json cannot be read" in capsys.readouterr().err
 
 
 def test_two_checkpoints_are_kept(in_tmp):
@@ -306,7 +373,9 @@ def test_images_from_a_folder_and_from_a_tar_train_and_sample(in_tmp):
     (["--track", "micro", "--captions", "mix:2"], "--captions mix:2 is unknown"),
     (["--track", "micro", "--predict", "eps"], "--predict eps is unknown; use one of x, v"),
     (["--track", "micro", "--name", "../up"], "--name '../up' must be a plain folder name"),
-    (["--track", "micro", "--ema", "1"], "--ema 1"),
+    (["--track", "micro", "--ema", "1"], "--ema 1.0 must be at least 0 and less than 1"),
+    (["--track", "micro", "--beta2", "1"], "--beta2 1.0 must be at least 0 and less than 1"),
+    (["--track", "micro", "--seed", "-1"], "--seed -1 must lie in 0 to"),
     (["--track", "micro", "--text-tokens", "50"], "--text-tokens 50 must be a multiple of --text-pad 40"),
     (["--track", "micro", "--lr", "-1"], "--lr -1.0 must be positive"),
     (["--track", "micro", "--text", "/nowhere/at/all"], "--text /nowhere/at/all cannot be loaded"),
@@ -336,6 +405,19 @@ def test_missing_caption_field_shard_and_patch_are_named(tmp_path, in_tmp, capsy
     assert "train-00001.safetensors cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content, says", [
+    ("{", "is damaged"), ("[]", "is damaged"), ('{"format": 1}', "is damaged"), ('{"format": 9}', "has format 9"),
+    ('{"format": 1, "captions": ["long"], "shards": []}', "is damaged"),
+    ('{"format": 1, "captions": ["long"], "shards": [{"file": "train-00000.safetensors", "count": 7, "height": 32, '
+     '"width": 32}]}', "does not hold 7 captioned images of 32 x 32")])
+def test_a_damaged_index_is_one_sentence(tmp_path, in_tmp, capsys, content, says):
+    data = shards(tmp_path / "d")
+    (data / "index.json").write_text(content)
+    assert T.main([*TINY, "--steps", "2", "--data", str(data)]) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
+
+
 def test_resuming_with_other_settings_is_refused_with_both_values(in_tmp, capsys):
     run("--steps", 8, "--name", "r", "--stop-after", 2)
     run("--steps", 8, "--name", "r", "--lr", 0.5, code=2)
@@ -351,6 +433,7 @@ def test_ten_non_finite_steps_stop_the_run_with_a_checkpoint(in_tmp, capsys, mon
 
     monkeypatch.setattr(T, "flow_matching_loss", broken)
     run("--steps", 20, "--name", "r", code=1)
+    assert "NaN" not in Path("logs/r/metrics.jsonl").read_text()
     assert "10 steps in a row had a non-finite gradient" in capsys.readouterr().err
     state = load_file(next(Path("logs/r/checkpoint").glob("step-*")) / "rank-0.safetensors")
     assert all(v.isfinite().all() for v in state.values())
