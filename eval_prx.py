@@ -315,8 +315,9 @@ def evaluate_run(config: dict, paint, networks: dict[str, Features], out: Path, 
             if split == "eval":
                 seconds("features", fake.add, images)
                 shown += zip(images[:max(0, 32 - start)], prompts)
-            print(f"\r{split}: {indices.stop} of {count} prompts", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
+            if sys.stderr.isatty():
+                print(f"\r{split}: {indices.stop} of {count} prompts", end="\n" * (indices.stop == count),
+                      file=sys.stderr, flush=True)
         metrics[split] = {key: torch.cat([s[key] for s in scores]).mean().item() for key in scores[0]}
 
     images, prompts = zip(*shown)
