@@ -1,7 +1,7 @@
 """Train the small feature networks behind the offline FID, CMMD and DINO-MMD, on scenes.
 
     python data/train_features.py                  # all three, about 20 minutes on one core
-    python data/train_features.py clip --steps 300 --out /tmp/networks
+    python data/train_features.py clip --steps 300 --out networks
 
 Each goes to data/networks/<name>/ in Hugging Face format, with train.log: configuration, losses, probe accuracies.
 
