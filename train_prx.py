@@ -8,8 +8,8 @@
 Everything a run produces is in logs/NAME: log.txt (this source included), metrics.jsonl, samples/, curve.png,
 checkpoint/ and transformer/, which diffusers' PRXTransformer2DModel loads. `python eval_prx.py logs/NAME` measures it.
 
-Best record so far: `micro`, 99.75 % prompt accuracy (mean of 3 seeds, worst 99.67 %) in 4 minutes on 2 cores of an Intel
-Xeon with AVX-512, torch 2.13.0, 2026-11-23. Logs and rules: records/README.md.
+Best record so far: `micro`, 99.75 % prompt accuracy (mean of 3 seeds, worst 99.67 %) in 4 minutes on 2 cores of an
+Intel Xeon with AVX-512, torch 2.13.0, 2026-11-23. Logs and rules: records/README.md.
 Model: PRX, Photoroom 2026, as in diffusers' `PRXTransformer2DModel`.
 """
 
