@@ -70,10 +70,10 @@ def test_the_loss_falls(in_tmp):
 def test_a_run_by_hours_ends_in_its_budget(in_tmp):
     """Seconds count from process start, so this test's own process is started for it."""
     start = time.time()
-    done = shell(SCRIPT, *TINY, "--hours", 20 / 3600, "--name", "r")
+    done = shell(SCRIPT, *TINY, "--hours", 30 / 3600, "--name", "r")
     assert done.returncode == 0, done.stderr
     finished = metrics("r")[-1]
-    assert finished["elapsed"] <= 20.5 and finished["elapsed"] <= time.time() - start and finished["step"] > 3
+    assert finished["elapsed"] <= 30.5 and finished["elapsed"] <= time.time() - start and finished["step"] > 3
 
 
 def test_the_exported_weights_are_the_ema_and_without_one_the_masters(in_tmp):
