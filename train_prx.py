@@ -173,7 +173,8 @@ def parse_args(argv=None) -> tuple[Config, list[Stage]]:
             parts += [re.sub(r"[^\w.-]", "_", Path(config.data).resolve().name)]
         config = dataclasses.replace(config, name="-".join(parts))
     stages = [Stage(s.share, {k: v for k, v in s.knobs.items() if k not in flags}) for s in stages]
-    check_config(config)
+    for stage in stages:
+        check_config(dataclasses.replace(config, **stage.knobs))
     return config, stages
 
 
@@ -1239,9 +1240,10 @@ def train(config: Config, stages: list[Stage]) -> int:
         raise UserError(f"track {config.track} needs --data FOLDER with shards that data/prepare.py wrote")
     world = setup_world()
     device = world.device
-    if config.batch // config.accumulate % world.size:
-        raise UserError(f"--batch {config.batch} over --accumulate {config.accumulate} is not a multiple of "
-                        f"{world.size} ranks")
+    for batch in (stage.knobs.get("batch", config.batch) for stage in stages):
+        if batch // config.accumulate % world.size:
+            raise UserError(f"--batch {batch} over --accumulate {config.accumulate} is not a multiple of {world.size} "
+                            "ranks")
     caught = []  # the first signal is noted, the second one ends the process
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: os._exit(128 + n) if caught else caught.append(n))

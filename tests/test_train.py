@@ -265,6 +265,12 @@ def test_two_ranks_follow_one_and_hand_over_to_one(in_tmp):
         assert all(torch.allclose(a, weights(name)[k], atol=2e-3) for k, a in weights("one").items()), name
 
 
+def test_a_batch_that_the_ranks_cannot_share_is_refused(in_tmp, capsys, monkeypatch):
+    monkeypatch.setattr(T, "setup_world", lambda: T.World(size=3))
+    run("--steps", 2, code=2)
+    assert "--batch 16 over --accumulate 1 is not a multiple of 3 ranks" in capsys.readouterr().err
+
+
 # --- real images
 
 def shards(folder: Path, n=40, size=32, fields=("long", "short")):
