@@ -40,7 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent
-PEAK_FLOPS = 790e12  # dense BF16 matmul on one H200, measured on random data; MFU is the model's own FLOPs over this
+PEAK_FLOPS = 790e12  # about what dense BF16 matmuls reach on one H200; MFU is the model's own FLOPs over this
 
 
 class UserError(Exception):
@@ -85,7 +85,7 @@ class Config:
     text_pad: int = 64  # text is padded to a multiple of this per batch: few shapes to compile for, little padding
     # objective
     predict: str = "x"  # x | v: what the network outputs; the loss is in v-space. CMMD in latents: v 0.41, x 0.54
-    shift: float = 3.0  # time shift s: t <- s t / (1 + (s - 1) t). 3.0 for pixels at 1024, part 2
+    shift: float = 3.0  # time shift s: t <- s t / (1 + (s - 1) t). 3.0 for pixel space in PRX
     uniform: float = 0.1  # share of times drawn uniformly instead of logit-normal
     caption_dropout: float = 0.1  # share of captions replaced by the empty prompt, for classifier-free guidance
     # optimizer
@@ -372,7 +372,7 @@ def cpu_info() -> str:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """CUDA, or a CPU with BF16 instructions; without them a BF16 matmul is five times slower than FP32."""
+    """CUDA, or a CPU with BF16 instructions; without them BF16 matmuls are slow (61 against 330 GFLOP/s)."""
     return device.type == "cuda" or bool(re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", cpu_info()))
 
 
@@ -1273,7 +1273,7 @@ def train(config: Config, stages: list[Stage]) -> int:
                 bottleneck_size=config.bottleneck or None).initialize(config.seed).to(device)
     optimizer = MuonAdamW(model.named_parameters(), config, world)
     model.set_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
-    # On two cores compiling took 15 to 35 s and a micro step went from 207 to 151 ms
+    # On two cores compiling took 14 to 26 s and a micro step went from 207 to 151 ms (records/speed.md)
     long = config.steps >= 500 or config.hours >= 2 / 60
     compiled = config.compile == "on" or config.compile == "auto" and (device.type == "cuda" or long)
     if compiled and (reason := cannot_compile(device)):

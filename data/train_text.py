@@ -1,6 +1,6 @@
 """Train the offline text encoder: a small T5Gemma encoder and its tokenizer, for tracks that run without downloads.
 
-    python data/train_text.py            # about ten minutes on two cores; writes data/networks/text/
+    python data/train_text.py            # about fifteen minutes on two busy cores; writes data/networks/text/
 
 The trainer conditions on the hidden states of a frozen encoder. The states of a random one would not say which colour
 belongs to which shape. This one learned it from text alone: ten learned questions ("what is in the top left?", ...

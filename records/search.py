@@ -2,10 +2,11 @@
 
     python records/search.py            # runs what is missing in records/micro_search.jsonl, then prints it, best first
 
-Every trial sees 38,400 images, about half of what fits into the track's five minutes, at a declared number of steps, so
-that a busy machine slows a trial down but does not change it. It is judged by prompt accuracy on 500 held-out prompts
-(16 Euler steps, guidance 3). One seed: this chooses settings, it proves nothing. `seconds` were taken on a machine that
-was busy with other things, and while the script got faster: they do not compare.
+Every trial sees 38,400 images, a little less than half of what fits into the track's length, at a declared number of
+steps, so that a busy machine slows a trial down but does not change it. It is judged by prompt accuracy on the first
+500 held-out prompts (16 Euler steps, guidance 3); results are confirmed on others. Trials were added as results came
+in. One seed: this chooses settings, it proves nothing. `seconds` were taken on a machine that was busy with other
+things, and while the script got faster: they do not compare.
 """
 
 import json
