@@ -16,6 +16,7 @@ Model: PRX, Photoroom 2026, as in diffusers' `PRXTransformer2DModel`.
 import argparse
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -604,22 +605,94 @@ def flow_matching_loss(model, x_0, eps, t, text, mask, predict: str):
 
 
 # =====================================================================================================================
-# 6. Frozen networks: the text encoder. Any Hugging Face encoder; the tiny one is in the repository.
+# 6. Frozen networks: VAE and text encoder, from Hugging Face repositories or folders. The tiny encoder is embedded.
 # =====================================================================================================================
+
+VAES = {"repa-e": "REPA-E/e2e-flux-vae", "flux": "black-forest-labs/FLUX.1-schnell",
+        "flux2": "black-forest-labs/FLUX.2-dev", "dc-ae": "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"}
+TEXTS = {"t5gemma": "google/t5gemma-2b-2b-ul2", "tiny": str(ROOT / "data/networks/text")}
+
+
+def quiet_import(name: str):
+    """transformers or diffusers (seconds each, so only where they are used), without their progress bars."""
+    module = importlib.import_module(name)
+    module.utils.logging.set_verbosity_error()
+    module.utils.logging.disable_progress_bar()
+    return module
+
+
+def unavailable(knob: str, name: str, error: Exception, instead: str) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"--{knob} {name} cannot be loaded ({reason}); if the repository is gated, accept its licence on "
+                     f"its page and log in with `hf auth login`; or give a local folder, or {instead}")
+
+
+class VAE:
+    """A frozen autoencoder of diffusers: AutoencoderKL (FLUX.1, REPA-E), AutoencoderDC, AutoencoderKLFlux2.
+
+    encode: uint8 (B, 3, H, W) -> latents FP32 (B, channels, H / factor, W / factor), normalised as diffusers' pipelines
+    undo it: (z - shift) * scale, or for FLUX.2 packed 2 x 2 and whitened by its batch norm. The posterior's mode, not a
+    sample: deterministic, and FLUX's posterior is narrow. decode: latents -> FP32 (B, 3, H, W) in [-1, 1].
+    FP32 where the VAE asks for it (force_upcast) and on CPUs, else BF16. `about` goes into the index of prepared data.
+    """
+
+    def __init__(self, name: str, device="cpu"):
+        diffusers = quiet_import("diffusers")
+        folder = VAES.get(name, name)
+        try:
+            for sub in ("vae", None):  # part of a pipeline, or the repository itself
+                try:
+                    config = diffusers.AutoencoderKL.load_config(folder, subfolder=sub)
+                    break
+                except OSError:
+                    if sub is None:
+                        raise
+            cls = getattr(diffusers, config["_class_name"])
+            self.model = cls.from_pretrained(folder, subfolder=sub, use_safetensors=True)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise unavailable("vae", name, error, "use --vae none (pixel space)") from None
+        c = self.model.config
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.model.state_dict().items()):
+            digest.update(key.encode() + tensor.float().contiguous().numpy().tobytes())
+        wide = torch.device(device).type == "cpu" or c.get("force_upcast", False)
+        self.dtype, self.device = torch.float32 if wide else torch.bfloat16, device
+        self.model.to(device, self.dtype).eval().requires_grad_(False)
+        self.packed = cls.__name__ == "AutoencoderKLFlux2"
+        self.scale = 1.0 if self.packed else float(c.get("scaling_factor") or 1.0)
+        self.shift = 0.0 if self.packed else float(c.get("shift_factor") or 0.0)
+        if self.packed:  # the mean and deviation of each packed channel
+            self.mean = self.model.bn.running_mean.float().view(1, -1, 1, 1)
+            self.std = (self.model.bn.running_var.float() + c.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+        probe = self.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+        self.channels, self.factor = probe.shape[1], 64 // probe.shape[2]
+        self.about = dict(vae=name if name in VAES else Path(name).name, type=cls.__name__, channels=self.channels,
+                          factor=self.factor, scale=self.scale, shift=self.shift, sha256=digest.hexdigest())
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.model.encode((images.to(self.device).float() / 127.5 - 1).to(self.dtype))
+        z = (x.latent if hasattr(x, "latent") else x.latent_dist.mode()).float()
+        if self.packed:
+            return (F.pixel_unshuffle(z, 2) - self.mean) / self.std
+        return (z - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        z = (F.pixel_shuffle(latents * self.std + self.mean, 2) if self.packed else latents / self.scale + self.shift)
+        return torch.cat([self.model.decode(row.to(self.dtype)).sample.float() for row in z.split(8)])
+
 
 class TextEncoder:
     """encode(prompts) -> last hidden states (B, T, width) FP32 and mask (B, T) bool, T a multiple of `pad`.
 
-    Prompts are taken as they are; data/prepare.py has cleaned captions as diffusers' PRXPipeline cleans its prompts.
-    Raises UserError when the weights cannot be had.
+    Any Hugging Face encoder, or the encoder of a T5 or T5Gemma. Prompts are taken as they are; data/prepare.py has
+    cleaned captions as diffusers' PRXPipeline cleans its prompts. Raises UserError when the weights cannot be had.
     """
 
     def __init__(self, name: str, device="cpu", max_tokens: int = 256, pad: int = 8):
-        import transformers
-
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        folder = str(ROOT / "data/networks/text") if name == "tiny" else name
+        transformers = quiet_import("transformers")
+        folder = TEXTS.get(name, name)
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         encoders = {"t5gemma": transformers.T5GemmaEncoderModel, "t5": transformers.T5EncoderModel}
         try:
@@ -629,12 +702,11 @@ class TextEncoder:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
             self.model = cls.from_pretrained(folder, config=config, use_safetensors=True, dtype=dtype)
         except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"--text {name} cannot be loaded ({reason}); give a folder, ask for access to the "
-                            "repository, or use --text tiny") from None
+            raise unavailable("text", name, error, "use --text tiny (the words of the scenes)") from None
         self.model.to(device).eval().requires_grad_(False)
         self.device, self.max_tokens, self.pad = device, max_tokens, pad
         self.width = self.encode([""])[0].shape[-1]
+        self.about = dict(text=name if name in TEXTS else Path(name).name, width=self.width, max_tokens=max_tokens)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
