@@ -2,6 +2,7 @@
 
     python eval_prx.py logs/micro                              # a finished run on scenes: 2,000 held-out prompts
     python eval_prx.py logs/micro --n 10000 --steps 25 --cfg 3.5 --batch 500 --seed 1 --out results
+    python eval_prx.py export logs/24h --out pipeline          # a run in latents -> a folder for diffusers' PRXPipeline
     python eval_prx.py --real photos --fake samples            # any two folders of images (png, jpg, webp)
     python eval_prx.py --real photos --fake samples --inception none \\
         --clip openai/clip-vit-large-patch14-336 --dino facebook/dinov2-with-registers-large  # published networks
@@ -29,6 +30,8 @@ import torch.nn.functional as F
 
 import train_prx
 from data import scenes
+from data.encoders import VAE, TextEncoder
+from records import figures
 from train_prx import UserError
 
 ROOT = Path(__file__).resolve().parent
@@ -267,35 +270,50 @@ def evaluate_folders(real: Path, fake: Path, networks: dict[str, Features], batc
 # A finished run on scenes.
 # =====================================================================================================================
 
-def load_run(run: Path, device: str):
-    """A run's folder -> its configuration (dict) and paint(prompts, noise, steps, cfg_scale) -> uint8 images on CPU."""
+def read_run(run: Path) -> dict:
+    """A finished run's configuration as its last stage ended."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is no run, it holds no config.json; give the folder of a finished one, as logs/micro")
     try:
         config = json.loads((run / "config.json").read_text())
     except ValueError as error:
         raise UserError(f"{run / 'config.json'} is damaged ({error}); train again or restore it") from None
+    if not (run / "transformer" / "config.json").is_file():
+        raise UserError(f"{run} is not finished: it holds no transformer/, which training writes at its end")
+    return config | (config.get("plan") or [{}])[-1].get("knobs", {})
+
+
+def load_run(run: Path, device: str, guidance: str = "cfg"):
+    """A run's folder -> its configuration (dict) and paint(prompts, noise, steps, cfg_scale) -> uint8 images on CPU."""
+    config = read_run(run)
     if config["data"] != "scenes":
         raise UserError(f"{run} was trained on {config['data']} and prompt accuracy needs scenes, whose truth is "
                         "known; compare two folders of images with --real and --fake")
-    if not (run / "transformer" / "config.json").is_file():
-        raise UserError(f"{run} is not finished: it holds no transformer/, which training writes at its end")
     model = train_prx.load_transformer(run / "transformer", device).eval()
-    encoder = train_prx.TextEncoder(config["text"], device, config["text_tokens"])
+    if guidance == "self" and not config.get("tread"):
+        raise UserError(f"--guidance self compares full with routed tokens, and {run} was not trained with --tread")
+    if guidance == "self":
+        model.span = tuple(map(int, config["tread_blocks"].split("-")))
+    skipped = config["tread"] if guidance == "self" else 0.0
+    config["guidance"] = guidance
+    vae = VAE(config["vae"], device) if config["vae"] != "none" else None
+    side = config["resolution"] // (vae.factor if vae else 1)
+    config["noise_shape"] = (model.config["in_channels"], side, side)
+    encoder = TextEncoder(config["text"], device, config["text_tokens"])
     null = encoder.encode([""])
 
     def paint(prompts, noise, steps, cfg_scale):
         images = train_prx.sample(model, noise.to(device), *encoder.encode(prompts), *null, steps=steps,
-                                  cfg_scale=cfg_scale, shift=config["shift"], predict=config["predict"])
-        return train_prx.to_uint8(images).cpu()
+                                  cfg_scale=cfg_scale, shift=config["shift"], predict=config["predict"], skipped=skipped)
+        return train_prx.to_uint8(vae.decode(images) if vae else images).cpu()
 
     return config, paint
 
 
-def prompt_noise(split: str, indices, res: int, seed: int) -> torch.Tensor:
-    """FP32 (N, 3, res, res): every prompt's own noise, a function of (seed, split, index) alone."""
+def prompt_noise(split: str, indices, shape: tuple[int, int, int], seed: int) -> torch.Tensor:
+    """FP32 (N, *shape): every prompt's own noise, a function of (seed, split, index) alone."""
     generators = (train_prx.generator_for("cpu", seed, split, index) for index in indices)
-    return torch.stack([torch.randn(3, res, res, generator=generator) for generator in generators])
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def evaluate_run(config: dict, paint, networks: dict[str, Features], out: Path, *, n: int, steps: int, cfg: float,
@@ -310,7 +328,8 @@ def evaluate_run(config: dict, paint, networks: dict[str, Features], out: Path, 
             wanted = scenes.draw_scenes(indices, split, difficulty)
             prompts = scenes.captions(wanted)
             prompts_hash.update("\n".join([*prompts, ""]).encode())
-            images = seconds("sample", paint, prompts, prompt_noise(split, indices, res, seed), steps, cfg)
+            noise = prompt_noise(split, indices, config["noise_shape"], seed)
+            images = seconds("sample", paint, prompts, noise, steps, cfg)
             scores.append(seconds("accuracy", scenes.score, images, wanted))
             if split == "eval":
                 seconds("features", fake.add, images)
@@ -321,7 +340,7 @@ def evaluate_run(config: dict, paint, networks: dict[str, Features], out: Path, 
         metrics[split] = {key: torch.cat([s[key] for s in scores]).mean().item() for key in scores[0]}
 
     images, prompts = zip(*shown)
-    train_prx.save_grid(torch.stack(images), prompts, out / "samples.png", columns=8)
+    figures.save_grid(torch.stack(images), prompts, out / "samples.png", columns=8)
 
     def real_set(first):
         ranges = (range(first + i, first + min(i + batch, n)) for i in range(0, n, batch))
@@ -334,8 +353,37 @@ def evaluate_run(config: dict, paint, networks: dict[str, Features], out: Path, 
                 "resolution": res, "split": "eval", "n": n, "n_unseen": n // 4, "captions": "long",
                 "prompts_sha256": prompts_hash.hexdigest(), "reference": [REFERENCE, REFERENCE + n],
                 "second": [SECOND, SECOND + n], "sampler": "euler", "steps": steps, "cfg_scale": cfg, "seed": seed,
+                "guidance": config.get("guidance", "cfg"),
                 "shift": config["shift"], "predict": config["predict"], "precision": "fp32", "weights": "transformer/"}
     return {"protocol": protocol, "metrics": metrics, "seconds": seconds}
+
+
+def export(run: Path, out: Path):
+    """A finished run in latents -> a pipeline folder that diffusers' PRXPipeline.from_pretrained loads, with copies of
+    its VAE, text encoder and tokenizer. UserError for what PRXPipeline cannot do."""
+    config = read_run(run)
+    if config["vae"] == "none" or config["predict"] != "v":
+        raise UserError(f"{run} has --vae {config['vae']} --predict {config['predict']}, and PRXPipeline paints in "
+                        "latents with v; its transformer/ folder can be used by itself")
+    import diffusers
+
+    vae = VAE(config["vae"]).model
+    if not hasattr(vae.config, "scaling_factor"):
+        raise UserError(f"{run} has the latents of {type(vae).__name__}, which PRXPipeline cannot decode; its "
+                        "transformer/ folder can be used by itself")
+    if getattr(vae.config, "shift_factor", 0.0) is None:  # the pipeline would add None
+        vae.register_to_config(shift_factor=0.0)
+    text = TextEncoder(config["text"], "cpu", config["text_tokens"])
+    text.tokenizer.model_max_length = config["text_tokens"]  # the pipeline cuts and pads to it
+    pipeline = diffusers.PRXPipeline(
+        transformer=diffusers.PRXTransformer2DModel.from_pretrained(run / "transformer"), vae=vae,
+        text_encoder=text.model, tokenizer=text.tokenizer, default_sample_size=config["resolution"],
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=config["shift"]))
+    pipeline.save_pretrained(out)
+    side, binned = config["resolution"], config["resolution"] in (256, 512, 1024)
+    print(f"wrote {out}; next:\nimport diffusers\npipeline = diffusers.PRXPipeline.from_pretrained({str(out)!r})\n"
+          f"pipeline('a red ring', height={side}, width={side}, guidance_scale={config['cfg_scale']}"
+          + ", use_resolution_binning=False" * (not binned) + ").images[0].save('ring.png')")
 
 
 # =====================================================================================================================
@@ -360,6 +408,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=2000, help="held-out prompts, and scenes in the reference [2000]")
     parser.add_argument("--steps", type=int, default=16, help="Euler steps [16]")
     parser.add_argument("--cfg", type=float, help="guidance scale [the run's cfg_scale]")
+    parser.add_argument("--guidance", choices=("cfg", "self"), default="cfg", help="self: full against routed tokens")
     parser.add_argument("--batch", type=int, default=250 if torch.cuda.is_available() else 50,  # fits a CPU's cache
                         help="images at a time; changes no result [250 with CUDA, 50 without]")
     parser.add_argument("--seed", type=int, default=0, help="of the noise [0]")
@@ -384,12 +433,18 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main(argv=None) -> int:
-    start = time.perf_counter()
+    start, argv = time.perf_counter(), sys.argv[1:] if argv is None else list(argv)
     try:
+        if argv[:1] == ["export"]:
+            parser = train_prx.Parser(prog="eval_prx.py export", description=export.__doc__, allow_abbrev=False)
+            parser.add_argument("run", type=Path, help="folder of a finished run in latents")
+            parser.add_argument("--out", type=Path, required=True, help="the pipeline's folder")
+            export(**vars(parser.parse_args(argv[1:])))
+            return 0
         args = parse_args(argv)
         out = args.out or args.run
         if args.run:  # what was asked for comes before what is slow to load
-            config, paint = load_run(args.run, args.device)
+            config, paint = load_run(args.run, args.device, args.guidance)
         else:
             list_images(args.real), list_images(args.fake)
         sources = {kind: getattr(args, kind) for kind in MEAN_STD}

@@ -41,6 +41,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent
+sys.modules.setdefault("train_prx", sys.modules[__name__])  # what data/ imports, also when this runs as a script
 PEAK_FLOPS = 790e12  # about what dense BF16 matmuls reach on one H200; MFU is the model's own FLOPs over this
 
 
@@ -66,29 +67,51 @@ class Config:
     seed: int = 0  # every random draw is a function of (seed, step, global sample index)
     steps: int = 0  # length in steps, reproducible to the bit; 0: the length is given in hours
     hours: float = 24.0  # length in wall-clock hours from process start to final weights on disk; 0: given in steps
+    stages: str = "all"  # all | show (print the plan) | some of the track's, 256px,sft | px:share, 64:0.7,128:0.3
+    init: str = ""  # start from the weights of a PRX in diffusers format: a folder or owner/name, published or ours
+    dry_run: bool = False  # check weights, licences, data, disk and memory, list what is wrong, and stop
     resume: str = "auto"  # auto (newest complete checkpoint of this run) | never (start again) | a run's folder
     stop_after: int = 0  # write a checkpoint after this many steps in all and stop, to split a run over jobs; 0: never
     # data
-    data: str = ""  # "scenes" (the embedded data set) or a folder that data/prepare.py wrote
-    resolution: int = 256  # pixels per side of the scenes; shards bring their own
+    data: str = ""  # "scenes" (the embedded data set) or folders of data/prepare.py, weighted: A or A:0.7,B:0.3
+    sft_data: str = ""  # the same, of curated pairs, for the last stage of 24h; empty: no such stage
+    verify_data: bool = False  # compare the sha256 of every shard with the index before training
+    loader_threads: int = 4  # that read and decode one batch at a time, on CUDA. Not measured there
+    resolution: int = 256  # pixels per side, or the side of the square with the area of an aspect-ratio bucket
     batch: int = 256  # images per step over all ranks; PRX part 2
     accumulate: int = 1  # micro-batches per step, summed in FP32: one GPU gets the batch of eight
     captions: str = "long"  # long | short | mix:P (share P is short). FID 18.20 long, 36.84 short, part 2
+    # what the model sees: latents or pixels. --vae brings patch, bottleneck, predict and shift that fit it
+    vae: str = "repa-e"  # repa-e | flux | flux2 | dc-ae | a folder | none (pixels). FID 12.08, 18.20 flux, part 2
+    patch: int = 2  # pixels of the latent (or the image) per side of a token
+    bottleneck: int = 0  # pixel space: patch -> bottleneck -> hidden; 0: one Linear
+    predict: str = "v"  # x | v: what the network outputs; the loss is in v-space. CMMD in latents: v 0.41, x 0.54
+    shift: float = 1.0  # time shift s: t <- s t / (1 + (s - 1) t). In PRX 1.0 for latents at 256 px, 3.0 for pixels
     # model: PRX-1.2B
     hidden: int = 1792  # width
     depth: int = 16  # blocks
     heads: int = 28  # attention heads; hidden / heads is the head dimension, a multiple of 4
     mlp_ratio: float = 3.5  # width of the gated MLP over hidden
-    patch: int = 16  # pixels per side of a token
-    bottleneck: int = 256  # pixel space: patch -> bottleneck -> hidden; 0: one Linear
-    text: str = "google/t5gemma-2b-2b-ul2"  # frozen encoder: Hugging Face repository or folder; tiny: embedded
+    text: str = "t5gemma"  # frozen encoder: t5gemma | tiny (embedded) | a Hugging Face repository or folder
     text_tokens: int = 256  # longer prompts are cut
     text_pad: int = 64  # text is padded to a multiple of this per batch: few shapes to compile for, little padding
     # objective
-    predict: str = "x"  # x | v: what the network outputs; the loss is in v-space. CMMD in latents: v 0.41, x 0.54
-    shift: float = 3.0  # time shift s: t <- s t / (1 + (s - 1) t). 3.0 for pixel space in PRX
+    contrastive: float = 0.0  # weight of minus the error to other samples' targets, arXiv 2506.05350. FID 20.03, part 2
     uniform: float = 0.1  # share of times drawn uniformly instead of logit-normal
     caption_dropout: float = 0.1  # share of captions replaced by the empty prompt, for classifier-free guidance
+    # alignment: the tokens of one block against a frozen vision transformer's, arXiv 2410.06940
+    repa: float = 0.0  # weight, 0.5 in PRX; 0: off. FID 18.20 -> 14.64 with DINOv3, 16.6 with DINOv2, part 2
+    repa_kind: str = "repa"  # repa | irepa (3x3 projector, spatial norm): helps DINOv2, hurts DINOv3, part 2
+    repa_teacher: str = "dinov3"  # dinov3 | dinov2 | tiny (embedded) | a Hugging Face repository or folder
+    repa_layer: int = 7  # the block, from 0, whose output is aligned
+    repa_until: float = 51e6  # burn-in: samples (above 1) or share of the run after which alignment ends; part 2
+    pdino: float = 0.0  # weight of P-DINO: the estimate of x_0 against x_0 in a teacher's eyes. Pixels; 0.01, part 3
+    pdino_teacher: str = "facebook/dinov2-base"  # as repa_teacher
+    # routing: some tokens skip some blocks in training; sampling takes all
+    tread: float = 0.0  # share that skips, then is put back (arXiv 2501.04765). FID 21.61; at 1024 px 17.42 -> 14.10
+    tread_blocks: str = "2-12"  # the blocks, from 0, both included
+    tread_select: str = "random"  # random (the paper) | learned (a scorer picks the tokens; PRX.choose)
+    sprint: float = 0.0  # share that skips, with dense and deep tokens fused (arXiv 2510.21986); tread_blocks apply
     # optimizer
     optimizer: str = "muon"  # muon (2-D weights of the blocks; the rest AdamW) | adamw. FID 18.20 -> 15.55, part 2
     lr: float = 1e-4  # of Muon's matrices, scaled so that AdamW's rate carries over; with adamw, of everything
@@ -105,41 +128,61 @@ class Config:
     ema: float = 0.999  # decay per step of the weights' moving average, in FP32, of the masters; 0: off
     ema_every: int = 10  # steps between its updates
     # precision and speed
+    weights: str = "fp32"  # fp32 | bf16: what masters are stored in. FID 18.20 -> 21.87 in BF16: an ablation, part 2
     compute: str = "auto"  # auto | bf16 | fp32, of matmuls; masters stay FP32. FID 18.20, 21.87 otherwise, part 2
     compile: str = "auto"  # auto | on | off: torch.compile of the blocks; auto: where it pays back within the run
     # output
     sample_steps: int = 25  # Euler steps of the sample grids
-    cfg_scale: float = 3.0  # guidance of the sample grids
+    guidance: str = "cfg"  # cfg | self (full against routed tokens, with TREAD: no unconditional pass)
+    cfg_scale: float = 3.0  # its scale in the sample grids
     samples: int = 4  # sample grids over the run, on the clock; 0: only the one after the end, off the clock
     checkpoint_minutes: float = 30.0  # between checkpoints; the last two are kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A part of a run: its share of the budget and the knobs that differ in it (resolution, batch, captions, shift)."""
+    """A part of a run: its share of the budget and the knobs that differ in it (data, resolution, batch, lr, ...).
 
+    Weights, optimizer state and EMA go on from stage to stage.
+    """
+
+    name: str = "main"
     share: float = 1.0
     knobs: dict = dataclasses.field(default_factory=dict)
 
 
+# What goes with a latent space, where --vae changes it. DC-AE's and FLUX.2's latents are one token per pixel.
+LATENTS = dict(patch=2, bottleneck=0, predict="v", shift=1.0)
+SPACES = {"none": dict(patch=32, bottleneck=256, predict="x", shift=3.0), "dc-ae": LATENTS | dict(patch=1),
+          "flux2": LATENTS | dict(patch=1)}
+
 TRACKS = {
-    "24h": (Config(), [Stage()]),
+    # Shares, batches and rates are guesses (rate times sqrt(batch / 256)): no such run has been made. Shift at 512 px:
+    # it grows with the root of the tokens (arXiv 2403.03206). Captions: long, a mix at the end (PRX part 2).
+    "24h": (Config(repa=0.5),
+            [Stage("256px", 0.65, dict(batch=1024, lr=2e-4, lr_adamw=2e-4)),
+             Stage("512px", 0.3, dict(resolution=512, batch=512, accumulate=2, shift=2.0, captions="mix:0.2", repa=0.0,
+                                      tread=0.5)),
+             Stage("sft", 0.05, dict(resolution=512, batch=256, shift=2.0, captions="mix:0.2", lr=5e-5, lr_adamw=5e-5,
+                                     repa=0.0))]),
     # 256 tokens of 16 px. A guess from the micro track's search: not measured yet.
-    "mini": (Config(track="mini", data="scenes", hours=4 / 60, hidden=512, depth=8, heads=8, bottleneck=128,
-                    text="tiny", text_tokens=64, lr=2e-3, lr_adamw=2e-3, warmup=0.03, decay_from=0.3, ema=0.99,
-                    checkpoint_minutes=5), [Stage()]),
+    "mini": (Config(track="mini", data="scenes", hours=4 / 60, vae="none", patch=16, bottleneck=128, predict="x",
+                    shift=3.0, hidden=512, depth=8, heads=8, text="tiny", text_tokens=64, repa_teacher="tiny",
+                    repa_layer=3, repa_until=1.0, pdino_teacher="tiny", tread_blocks="1-6", lr=2e-3, lr_adamw=2e-3,
+                    warmup=0.03, decay_from=0.3, ema=0.99, checkpoint_minutes=5), [Stage()]),
     # Batch, rates and shift (2.0: 94.3 %, 1.0: 97.8 % prompt accuracy after 38,400 images) from
     # records/micro_search.jsonl. No long caption of the micro scenes has more than 37 tokens.
-    "micro": (Config(track="micro", data="scenes", hours=4 / 60, resolution=32, batch=64, hidden=128, depth=6,
-                     heads=4, patch=8, bottleneck=0, text="tiny", text_tokens=80, text_pad=40, shift=1.0, lr=5e-3,
-                     lr_adamw=3e-3, warmup=0.04, decay_from=0.3, ema=0.99, ema_every=4, samples=2,
+    "micro": (Config(track="micro", data="scenes", hours=4 / 60, resolution=32, batch=64, vae="none", patch=8,
+                     predict="x", hidden=128, depth=6, heads=4, text="tiny", text_tokens=80, text_pad=40,
+                     repa_teacher="tiny", repa_layer=2, repa_until=1.0, pdino_teacher="tiny", tread_blocks="1-4",
+                     lr=5e-3, lr_adamw=3e-3, warmup=0.04, decay_from=0.3, ema=0.99, ema_every=4, samples=2,
                      checkpoint_minutes=2), [Stage()]),
 }
 
 BASELINE = dict(optimizer="adamw", lr=1e-4, eps=1e-15, weight_decay=0.0, warmup=0.01, decay_from=1.0, clip=0.2, ema=0.0)
 RECIPES = {"default": {}, "baseline": BASELINE, "tuned-baseline": BASELINE | dict(lr=2e-3)}
 
-KNOB = re.compile(r"^    (\w+): (?:str|int|float) = .+?  # (.+)$", re.M)  # the comments above are the help texts
+KNOB = re.compile(r"^    (\w+): (?:str|int|float|bool) = .+?  # (.+)$", re.M)  # the comments above are the help texts
 HELP = dict(KNOB.findall(SOURCE.split("class Config:")[1].split("class Stage:")[0]))
 
 
@@ -156,7 +199,8 @@ def parse_args(argv=None) -> tuple[Config, list[Stage]]:
     """The track's settings, then the recipe's, then the flags. UserError on anything unknown or contradictory."""
     parser = Parser(description="Train PRX. Defaults are those of the 24h track.", allow_abbrev=False)
     for field in dataclasses.fields(Config):
-        parser.add_argument(flag(field.name), type=field.type, default=argparse.SUPPRESS,
+        kind = dict(action="store_true") if field.type is bool else dict(type=field.type)
+        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, **kind,
                             help=f"{HELP[field.name]} [{field.default}]".replace("%", "%%"))
     flags = vars(parser.parse_args(argv))
     for knob, table in (("track", TRACKS), ("recipe", RECIPES)):
@@ -167,54 +211,52 @@ def parse_args(argv=None) -> tuple[Config, list[Stage]]:
         raise UserError("--steps and --hours both give the length of the run; give one of them")
     if flags.get("steps"):
         flags["hours"] = 0.0
-    config = dataclasses.replace(config, **RECIPES[flags.get("recipe", "default")] | flags)
+    now, then = (SPACES.get(vae, LATENTS) for vae in (flags.get("vae", config.vae), config.vae))
+    overlay = {k: v for k, v in now.items() if v != then[k]} | RECIPES[flags.get("recipe", "default")] | flags
+    config = dataclasses.replace(config, **overlay)
     if not config.name:
         parts = [config.track] + [config.recipe] * (config.recipe != "default")
         if config.data and config.data != TRACKS[config.track][0].data:
-            parts += [re.sub(r"[^\w.-]", "_", Path(config.data).resolve().name)]
+            parts += [re.sub(r"[^\w.-]", "_", Path(path).resolve().name) for path, _ in data_folders(config.data)]
         config = dataclasses.replace(config, name="-".join(parts))
-    stages = [Stage(s.share, {k: v for k, v in s.knobs.items() if k not in flags}) for s in stages]
+    return config, choose_stages(config, stages, overlay)
+
+
+def data_folders(data: str) -> list[tuple[str, float]]:
+    """A:0.7,B:0.3 -> [("A", 0.7), ("B", 0.3)]; without a weight it is 1."""
+    parts = [re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", part) for part in data.split(",")]
+    if not all(parts) or any(p[2] and float(p[2]) == 0 for p in parts):
+        raise UserError(f"--data {data} is not a list of folders with positive weights such as A or A:0.7,B:0.3")
+    return [(p[1], float(p[2] or 1)) for p in parts]
+
+
+def choose_stages(config: Config, stages: list[Stage], overlay: dict) -> list[Stage]:
+    """The stages that --stages names, with what flags, recipe and latent space set taken out of their knobs."""
+    from data.check_config import check_config
+
+    if not config.sft_data:
+        stages = [s for s in stages if s.name != "sft"]
+    if re.fullmatch(r"(\d+:\d*\.?\d+,?)+", config.stages):
+        track = {s.name: s.knobs for s in stages}
+        parts = [part.split(":") for part in config.stages.strip(",").split(",")]
+        stages = [Stage(f"{px}px", float(share), track.get(f"{px}px", {}) | dict(resolution=int(px)))
+                  for px, share in parts]
+    elif config.stages not in ("all", "show"):
+        names = config.stages.split(",")
+        if unknown := set(names) - {s.name for s in stages}:
+            raise UserError(f"--stages {','.join(sorted(unknown))} is unknown; this run has "
+                            f"{','.join(s.name for s in stages)} (sft needs --sft-data), all or show")
+        stages = [s for s in stages if s.name in names]
+    stages = [Stage(s.name, s.share, {k: v for k, v in s.knobs.items() if k not in overlay}
+                    | (dict(data=config.sft_data) if s.name == "sft" else {})) for s in stages]
     for stage in stages:
         check_config(dataclasses.replace(config, **stage.knobs))
-    return config, stages
+    return stages
 
 
-def check_config(c: Config):
-    """Refuse what cannot work, before anything is loaded."""
-    def need(condition, message):
-        if not condition:
-            raise UserError(message)
-
-    for knob, options in dict(predict="x v", optimizer="muon adamw", compute="auto bf16 fp32",
-                              compile="auto on off").items():
-        need(getattr(c, knob) in options.split(),
-             f"{flag(knob)} {getattr(c, knob)} is unknown; use one of {', '.join(options.split())}")
-    for knob in ("batch", "accumulate", "hidden", "depth", "heads", "patch", "text_tokens", "lr", "lr_adamw",
-                 "ema_every", "sample_steps", "ns_steps", "shift", "checkpoint_minutes", "resolution", "text_pad",
-                 "eps", "mlp_ratio"):
-        need(getattr(c, knob) > 0, f"{flag(knob)} {getattr(c, knob)} must be positive")
-    for knob in ("uniform", "caption_dropout", "warmup", "decay_from"):
-        need(0 <= getattr(c, knob) <= 1, f"{flag(knob)} {getattr(c, knob)} must lie in 0 to 1")
-    for knob in ("momentum", "beta1", "beta2", "ema"):
-        need(0 <= getattr(c, knob) < 1, f"{flag(knob)} {getattr(c, knob)} must be at least 0 and less than 1")
-    need(0 <= c.seed < 2 ** 63, f"--seed {c.seed} must lie in 0 to 2^63 - 1")
-    need(c.hours < math.inf, f"--hours {c.hours} must be finite")
-    for knob in ("steps", "hours", "stop_after", "clip", "bottleneck", "samples", "weight_decay"):
-        need(getattr(c, knob) >= 0, f"{flag(knob)} {getattr(c, knob)} must not be negative")
-    need(c.steps or c.hours, "the run has no length; give --steps or --hours")
-    need(c.warmup <= c.decay_from,
-         f"--warmup {c.warmup} ends after --decay-from {c.decay_from} begins; lower one of them")
-    need(c.hidden % c.heads == 0 and c.hidden // c.heads % 4 == 0,
-         f"--hidden {c.hidden} over --heads {c.heads} must be a multiple of 4 (two axes of rotated pairs)")
-    need(c.text_tokens % c.text_pad == 0,
-         f"--text-tokens {c.text_tokens} must be a multiple of --text-pad {c.text_pad}, which sets the padded lengths")
-    need(c.batch % c.accumulate == 0, f"--batch {c.batch} cannot be cut into --accumulate {c.accumulate} micro-batches")
-    need(re.fullmatch(r"long|short|mix:(0(\.\d+)?|1(\.0+)?)", c.captions),
-         f"--captions {c.captions} is unknown; use long, short or mix:0.3")
-    need(re.fullmatch(r"[\w.-]+", c.name) and c.name.strip("."),
-         f"--name {c.name!r} must be a plain folder name (letters, digits, . _ -)")
-    need(c.data != "scenes" or c.resolution % c.patch == 0,
-         f"--resolution {c.resolution} is not a multiple of --patch {c.patch}")
+def span(c: Config) -> tuple[int, int]:
+    """The first and the last block that routing skips."""
+    return tuple(map(int, c.tread_blocks.split("-")))
 
 
 # =====================================================================================================================
@@ -255,7 +297,12 @@ def setup_world() -> World:
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32: Muon's and the loss's
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return World(device=device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **(dict(device_id=device) if cuda else {}))
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **(dict(device_id=device) if cuda else {}))
+    except (RuntimeError, ValueError) as error:  # the port is taken, a host is not there, a variable is missing
+        raise UserError(f"the {os.environ['WORLD_SIZE']} ranks cannot meet at {os.environ.get('MASTER_ADDR')}:"
+                        f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]}); start them with torchrun "
+                        "--standalone, or give it another --master_port") from None
     return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
 
 
@@ -490,29 +537,8 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, shift, scale)).float()
 
 
-class PRX(nn.Module):
-    """The denoiser: image or latent x_t, time and text in; x_0 or velocity out. Arguments as diffusers' config.json.
-
-    forward: x (B, C, H, W), t (B,) in (0, 1], text (B, T, context_in_dim), mask (B, T) bool or None -> (B, C, H, W).
-    A fresh PRX outputs zero: every gate and the final layer start at zero.
-    """
-
-    def __init__(self, in_channels=16, patch_size=2, context_in_dim=2304, hidden_size=1792, mlp_ratio=3.5, num_heads=28,
-                 depth=16, axes_dim=None, theta=10000, time_factor=1000.0, time_max_period=10000, bottleneck_size=None):
-        super().__init__()
-        axes_dim = list(axes_dim or (hidden_size // num_heads // 2,) * 2)
-        self.config = dict(in_channels=in_channels, patch_size=patch_size, context_in_dim=context_in_dim,
-                           hidden_size=hidden_size, mlp_ratio=mlp_ratio, num_heads=num_heads, depth=depth,
-                           axes_dim=axes_dim, theta=theta, time_factor=time_factor, time_max_period=time_max_period,
-                           bottleneck_size=bottleneck_size)
-        patch_dim = in_channels * patch_size ** 2
-        self.img_in = (nn.Sequential(Linear(patch_dim, bottleneck_size), Linear(bottleneck_size, hidden_size))
-                       if bottleneck_size else Linear(patch_dim, hidden_size))
-        self.time_in = TimeEmbedder(hidden_size)
-        self.txt_in = Linear(context_in_dim, hidden_size)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_dim)
-        self.ropes = {}  # (rows, columns, device) -> table
+class Trained(nn.Module):
+    """What is trained: the model, and the projector of REPA."""
 
     @torch.no_grad()
     def initialize(self, seed: int = 0):
@@ -521,11 +547,14 @@ class PRX(nn.Module):
         for name, p in self.named_parameters():
             if p.ndim == 2 and not re.search(r"modulation\.|adaLN|final_layer", name):
                 p.copy_(torch.empty(p.shape).uniform_(-1, 1, generator=generator) * p.shape[1] ** -0.5)
-            elif p.ndim == 2 or name.endswith("bias"):
+            elif p.ndim == 2 or name.endswith("bias") or name == "skipped_token":
                 p.zero_()
             else:
                 assert re.search(r"norm_(q|k|added_k)\.weight$", name), f"no rule initialises {name} {tuple(p.shape)}"
                 p.fill_(1.0)
+        if hasattr(self, "fuse"):  # at first the fused tokens are the deep ones: a plain PRX
+            n = self.fuse.out_features
+            self.fuse.weight.copy_(torch.eye(n, 2 * n).roll(n, 1))
         return self
 
     def set_compute_dtype(self, dtype: torch.dtype):
@@ -534,12 +563,54 @@ class PRX(nn.Module):
             p.data = p.data.to(dtype if p.ndim == 2 else torch.float32)
         return self
 
+
+def take(h, index):
+    """Tokens by number: h (B, N, D), index (B, K) -> (B, K, D)."""
+    return h.gather(1, index[..., None].expand(-1, -1, h.shape[-1]))
+
+
+class PRX(Trained):
+    """The denoiser: image or latent x_t, time and text in; x_0 or velocity out. Arguments as diffusers' config.json.
+
+    forward: x (B, C, H, W), t (B,) in (0, 1], text (B, T, context_in_dim), mask (B, T) bool or None -> (B, C, H, W).
+    A fresh PRX outputs zero: every gate and the final layer start at zero.
+
+    Routing: blocks span[0] to span[1] see the tokens `keep` (B, K), or the K that the scorer likes best; others skip.
+    TREAD puts them back as they were; SPRINT (sprint=True, always, also when all are kept) fuses the tokens
+    before the span with those after it, where a learned token stands for the skipped ones. With `tap`, the output of
+    that block comes along, and which tokens it holds (None: all).
+    """
+
+    def __init__(self, in_channels=16, patch_size=2, context_in_dim=2304, hidden_size=1792, mlp_ratio=3.5, num_heads=28,
+                 depth=16, axes_dim=None, theta=10000, time_factor=1000.0, time_max_period=10000, bottleneck_size=None,
+                 span=None, sprint=False, scorer=False):
+        super().__init__()
+        axes_dim = list(axes_dim or (hidden_size // num_heads // 2,) * 2)
+        self.config = dict(in_channels=in_channels, patch_size=patch_size, context_in_dim=context_in_dim,
+                           hidden_size=hidden_size, mlp_ratio=mlp_ratio, num_heads=num_heads, depth=depth,
+                           axes_dim=axes_dim, theta=theta, time_factor=time_factor, time_max_period=time_max_period,
+                           bottleneck_size=bottleneck_size)
+        if sprint or scorer:  # not in diffusers' model: what follows must be known to load the weights again
+            self.config |= dict(span=list(span), sprint=sprint, scorer=scorer)
+        self.span, patch_dim = span, in_channels * patch_size ** 2
+        self.img_in = (nn.Sequential(Linear(patch_dim, bottleneck_size), Linear(bottleneck_size, hidden_size))
+                       if bottleneck_size else Linear(patch_dim, hidden_size))
+        self.time_in = TimeEmbedder(hidden_size)
+        self.txt_in = Linear(context_in_dim, hidden_size)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_dim)
+        if sprint:
+            self.skipped_token, self.fuse = nn.Parameter(torch.zeros(hidden_size)), Linear(2 * hidden_size, hidden_size)
+        if scorer:
+            self.scorer = Linear(hidden_size, 1)
+        self.ropes = {}  # (rows, columns, device) -> table
+
     def time_embedding(self, t):  # (B,) -> (B, 256): cosines, then sines, of t * time_factor * period^(-i/128)
         freqs = torch.exp(-math.log(self.config["time_max_period"]) * torch.arange(128, device=t.device) / 128)
         angle = self.config["time_factor"] * (t.float()[:, None] * freqs)
         return torch.cat([angle.cos(), angle.sin()], -1)
 
-    def forward(self, x, t, text, mask=None):
+    def forward(self, x, t, text, mask=None, keep=None, tap=None):
         B, C, H, W = x.shape
         p, c = self.config["patch_size"], self.config
         rows, columns = H // p, W // p
@@ -551,23 +622,55 @@ class PRX(nn.Module):
         if mask is not None:  # additive and broadcast, once for all blocks
             mask = torch.zeros(B, mask.shape[1] + h.shape[1], dtype=h.dtype, device=x.device).masked_fill_(
                 F.pad(~mask.bool(), (0, h.shape[1])), -torch.inf)[:, None, None]
-        for block in self.blocks:
-            h = block(h, text, vec, self.ropes[key], mask)
+        rope, (first, last), tapped = self.ropes[key], self.span or (-1, -1), None
+        for i, block in enumerate(self.blocks):
+            if i == first:
+                dense, all_rope, all_mask, kept = h, rope, mask, None
+                if keep is not None:
+                    kept, gate = self.choose(h, keep)                                  # (B, K), (B, K, 1)
+                    h, rope = take(h, kept), tuple(table[kept][:, None] for table in rope)
+                    mask = mask if mask is None else mask[..., :text.shape[1] + h.shape[1]]
+            h = block(h, text, vec, rope, mask)
+            if i == tap:
+                tapped = h, kept if first <= i <= last else None
+            if i == last:
+                if kept is not None:
+                    rest = self.skipped_token.to(h.dtype).expand_as(dense) if hasattr(self, "fuse") else dense
+                    h = rest.scatter(1, kept[..., None].expand_as(h), h * gate.to(h.dtype))
+                if hasattr(self, "fuse"):
+                    h = self.fuse(torch.cat([dense, h], -1))
+                rope, mask = all_rope, all_mask
         h = self.final_layer(h, vec)
-        return h.view(B, rows, columns, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+        h = h.view(B, rows, columns, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+        return h if tap is None else (h, *tapped)
+
+    def choose(self, h, keep):
+        """Which tokens go on, (B, K), and a factor of exactly 1 for each, (B, K, 1), through which the scorer learns:
+        its gradient is that of scaling the routed tokens by the sigmoid of their scores (as in Mixture-of-Depths, arXiv
+        2404.02258), while the values are those of plain routing, so that sampling with all tokens is no other model."""
+        if not hasattr(self, "scorer"):
+            return keep, torch.ones(1, 1, 1, device=h.device)
+        score = self.scorer(h).float()                                                 # (B, N, 1)
+        kept = score[..., 0].topk(keep.shape[1], 1).indices.sort(1).values
+        weight = take(score, kept).sigmoid()
+        return kept, 1 + weight - weight.detach()
 
 
-def flops_per_image(config: dict, tokens: int, text_tokens: int) -> float:
-    """Matmul FLOPs of one forward pass of one image, less the time embedding's. A training step is three times that."""
+def flops_per_image(config: dict, tokens: int, text_tokens: int, skipped: float = 0.0, skipping: int = 0) -> float:
+    """Matmul FLOPs of one forward pass of one image, less the time embedding's. A training step is three times that.
+    A share `skipped` of the tokens skips `skipping` of the blocks."""
     d, patch = config["hidden_size"], config["in_channels"] * config["patch_size"] ** 2
-    linear = tokens * (4 + 3 * config["mlp_ratio"]) + text_tokens * 2 + 6      # in units of d * d
-    attention = 2 * tokens * (tokens + text_tokens)                            # in units of d
+
+    def block(n):
+        return (n * (4 + 3 * config["mlp_ratio"]) + text_tokens * 2 + 6) * d * d + 2 * n * (n + text_tokens) * d
+
     ends = tokens * 2 * patch + text_tokens * config["context_in_dim"]         # in units of d
-    return 2 * (config["depth"] * (linear * d * d + attention * d) + ends * d)
+    blocks = (config["depth"] - skipping) * block(tokens) + skipping * block(round(tokens * (1 - skipped)))
+    return 2 * (blocks + ends * d)
 
 
 # =====================================================================================================================
-# 5. Objectives: flow matching (arXiv 2210.02747, 2209.03003) with v- or x-prediction.
+# 5. Objectives: flow matching (arXiv 2210.02747, 2209.03003) with v- or x-prediction, contrastive, REPA, P-DINO.
 # =====================================================================================================================
 
 def generator_for(device, *key: int) -> torch.Generator:
@@ -596,21 +699,80 @@ def velocity(output, x_t, t, predict: str):
     return output if predict == "v" else (x_t - output) / t.clamp(min=0.05)[:, None, None, None]
 
 
-def flow_matching_loss(model, x_0, eps, t, text, mask, predict: str):
-    """Mean squared error in v-space, per sample: (B,) FP32. x_t = (1 - t) x_0 + t eps. The clamp is on both sides."""
+def route(n: int, x, patch: int, skipped: float, generator) -> torch.Tensor:
+    """(n, K) numbers, in order, of the tokens of x (B, C, H, W) that do not skip, at random."""
+    N = x.shape[2] * x.shape[3] // patch ** 2
+    draw = torch.rand(n, N, generator=generator, device=x.device)
+    return draw.topk(max(1, round(N * (1 - skipped))), 1).indices.sort(1).values
+
+
+NEGATIVES = 8  # samples in a group of contrastive flow matching
+
+
+def flow_matching_loss(model, x_0, eps, t, text, mask, predict: str, contrastive: float = 0.0, keep=None, tap=None):
+    """Flow matching's loss per sample, (B,) FP32: mean squared error in v-space, x_t = (1 - t) x_0 + t eps; the clamp
+    of t for x-prediction is on both sides. Returns what to minimise, the plain loss, the estimate of x_0 and the tap.
+
+    Contrastive (arXiv 2506.05350): less `contrastive` times the error to another sample's target, the next of a group
+    of eight, so that negatives depend neither on the ranks nor on the micro-batches.
+    """
     time_ = t[:, None, None, None]
     x_t = (1 - time_) * x_0 + time_ * eps
     target = eps - x_0 if predict == "v" else (x_t - x_0) / time_.clamp(min=0.05)
-    return (velocity(model(x_t, t, text, mask), x_t, t, predict) - target).square().mean((1, 2, 3))
+    output, *tapped = model(x_t, t, text, mask, keep, tap) if tap is not None else [model(x_t, t, text, mask, keep)]
+    v = velocity(output, x_t, t, predict)
+    loss = plain = (v - target).square().mean((1, 2, 3))
+    if contrastive:
+        other = target.unflatten(0, (-1, NEGATIVES)).roll(1, 1).flatten(0, 1)
+        loss = plain - contrastive * (v - other).square().mean((1, 2, 3))
+    return loss, plain.detach(), x_t - time_ * v if predict == "v" else output, tapped
+
+
+class Alignment(Trained):
+    """REPA (arXiv 2410.06940): tokens of one block, through a projector, against a frozen teacher's patch tokens.
+
+    forward: tokens (B, K, D) of a grid of rows x columns, kept (B, K) or None for all, features (B, N, F) -> (B,) minus
+    the mean cosine similarity. iREPA (arXiv 2512.10794): a 3x3 convolution instead of the MLP, and features without
+    most of what all tokens share: (f - gamma mean) / deviation over the tokens.
+    """
+
+    GAMMA = 0.8  # a guess: the paper leaves it open; PRX's framework takes it from the features
+
+    def __init__(self, dim: int, features: int, kind: str, width: int = 1024):
+        super().__init__()
+        width = min(width, 4 * features)
+        self.mlp = (nn.Sequential(Linear(9 * dim, features)) if kind == "irepa" else nn.Sequential(
+            Linear(dim, width), nn.SiLU(), Linear(width, width), nn.SiLU(), Linear(width, features)))
+        self.spatial = kind == "irepa"
+
+    def forward(self, tokens, kept, features, rows: int, columns: int):
+        if self.spatial:
+            image = tokens.transpose(1, 2).unflatten(2, (rows, columns))
+            tokens = F.unfold(image.float(), 3, padding=1).transpose(1, 2)             # (B, N, 9 D)
+            features = (features - self.GAMMA * features.mean(1, True)) / (features.std(1, keepdim=True) + 1e-6)
+        if kept is not None:
+            features = take(features, kept)
+        return -F.cosine_similarity(self.mlp(tokens).float(), features.float(), dim=-1).mean(1)
+
+
+def perceptual_loss(teacher, x, x_0):
+    """P-DINO (PRX part 3): 1 - mean cosine similarity of the patch tokens of x and x_0 (B, 3, H, W) in [-1, 1] -> (B,).
+    At 224 px of the teacher's patches of 14, at most; images that are smaller stay as they are."""
+    side = [min(224 // 14, n // teacher.patch) for n in x.shape[2:]]
+    with torch.no_grad():
+        real = teacher(x_0, *side)
+    return 1 - F.cosine_similarity(teacher(x, *side), real, dim=-1).mean(1)
 
 
 # =====================================================================================================================
-# 6. Frozen networks: VAE and text encoder, from Hugging Face repositories or folders. The tiny encoder is embedded.
+# 6. Frozen networks: the teacher (VAE and text encoder: data/encoders.py), from Hugging Face or folders.
 # =====================================================================================================================
 
 VAES = {"repa-e": "REPA-E/e2e-flux-vae", "flux": "black-forest-labs/FLUX.1-schnell",
         "flux2": "black-forest-labs/FLUX.2-dev", "dc-ae": "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"}
 TEXTS = {"t5gemma": "google/t5gemma-2b-2b-ul2", "tiny": str(ROOT / "data/networks/text")}
+TEACHERS = {"dinov3": "facebook/dinov3-vitl16-pretrain-lvd1689m", "tiny": str(ROOT / "data/networks/teacher"),
+            "dinov2": "facebook/dinov2-with-registers-large"}
 
 
 def quiet_import(name: str):
@@ -627,93 +789,44 @@ def unavailable(knob: str, name: str, error: Exception, instead: str) -> UserErr
                      f"its page and log in with `hf auth login`; or give a local folder, or {instead}")
 
 
-class VAE:
-    """A frozen autoencoder of diffusers: AutoencoderKL (FLUX.1, REPA-E), AutoencoderDC, AutoencoderKLFlux2.
+class Teacher:
+    """A frozen vision transformer of transformers (DINOv3, DINOv2 with or without registers).
 
-    encode: uint8 (B, 3, H, W) -> latents FP32 (B, channels, H / factor, W / factor), normalised as diffusers' pipelines
-    undo it: (z - shift) * scale, or for FLUX.2 packed 2 x 2 and whitened by its batch norm. The posterior's mode, not a
-    sample: deterministic, and FLUX's posterior is narrow. decode: latents -> FP32 (B, 3, H, W) in [-1, 1].
-    FP32 where the VAE asks for it (force_upcast) and on CPUs, else BF16. `about` goes into the index of prepared data.
+    teacher(images FP32 (B, 3, H, W) in [-1, 1], rows, columns) -> patch tokens (B, rows * columns, width) FP32, of the
+    images resized so that its patches are that grid (bicubic, antialiased) and normalised as ImageNet's.
     """
 
-    def __init__(self, name: str, device="cpu"):
-        diffusers = quiet_import("diffusers")
-        folder = VAES.get(name, name)
-        try:
-            for sub in ("vae", None):  # part of a pipeline, or the repository itself
-                try:
-                    config = diffusers.AutoencoderKL.load_config(folder, subfolder=sub)
-                    break
-                except OSError:
-                    if sub is None:
-                        raise
-            cls = getattr(diffusers, config["_class_name"])
-            self.model = cls.from_pretrained(folder, subfolder=sub, use_safetensors=True)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise unavailable("vae", name, error, "use --vae none (pixel space)") from None
-        c = self.model.config
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self.model.state_dict().items()):
-            digest.update(key.encode() + tensor.float().contiguous().numpy().tobytes())
-        wide = torch.device(device).type == "cpu" or c.get("force_upcast", False)
-        self.dtype, self.device = torch.float32 if wide else torch.bfloat16, device
-        self.model.to(device, self.dtype).eval().requires_grad_(False)
-        self.packed = cls.__name__ == "AutoencoderKLFlux2"
-        self.scale = 1.0 if self.packed else float(c.get("scaling_factor") or 1.0)
-        self.shift = 0.0 if self.packed else float(c.get("shift_factor") or 0.0)
-        if self.packed:  # the mean and deviation of each packed channel
-            self.mean = self.model.bn.running_mean.float().view(1, -1, 1, 1)
-            self.std = (self.model.bn.running_var.float() + c.batch_norm_eps).sqrt().view(1, -1, 1, 1)
-        probe = self.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-        self.channels, self.factor = probe.shape[1], 64 // probe.shape[2]
-        self.about = dict(vae=name if name in VAES else Path(name).name, type=cls.__name__, channels=self.channels,
-                          factor=self.factor, scale=self.scale, shift=self.shift, sha256=digest.hexdigest())
-
-    @torch.no_grad()
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.model.encode((images.to(self.device).float() / 127.5 - 1).to(self.dtype))
-        z = (x.latent if hasattr(x, "latent") else x.latent_dist.mode()).float()
-        if self.packed:
-            return (F.pixel_unshuffle(z, 2) - self.mean) / self.std
-        return (z - self.shift) * self.scale
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        z = (F.pixel_shuffle(latents * self.std + self.mean, 2) if self.packed else latents / self.scale + self.shift)
-        return torch.cat([self.model.decode(row.to(self.dtype)).sample.float() for row in z.split(8)])
-
-
-class TextEncoder:
-    """encode(prompts) -> last hidden states (B, T, width) FP32 and mask (B, T) bool, T a multiple of `pad`.
-
-    Any Hugging Face encoder, or the encoder of a T5 or T5Gemma. Prompts are taken as they are; data/prepare.py has
-    cleaned captions as diffusers' PRXPipeline cleans its prompts. Raises UserError when the weights cannot be had.
-    """
-
-    def __init__(self, name: str, device="cpu", max_tokens: int = 256, pad: int = 8):
+    def __init__(self, knob: str, name: str, device="cpu"):
         transformers = quiet_import("transformers")
-        folder = TEXTS.get(name, name)
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        encoders = {"t5gemma": transformers.T5GemmaEncoderModel, "t5": transformers.T5EncoderModel}
         try:
-            config = transformers.AutoConfig.from_pretrained(folder)
-            config.is_encoder_decoder = False
-            cls = encoders.get(config.model_type, transformers.AutoModel)
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            self.model = cls.from_pretrained(folder, config=config, use_safetensors=True, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise unavailable("text", name, error, "use --text tiny (the words of the scenes)") from None
+            folder = TEACHERS.get(name, name)
+            self.model = transformers.AutoModel.from_pretrained(folder, use_safetensors=True, dtype=dtype)
+            self.patch, self.width = self.model.config.patch_size, self.model.config.hidden_size
+        except (OSError, ValueError, AttributeError) as error:
+            raise unavailable(knob, name, error, f"use --{knob} tiny (trained on scenes)") from None
         self.model.to(device).eval().requires_grad_(False)
-        self.device, self.max_tokens, self.pad = device, max_tokens, pad
-        self.width = self.encode([""])[0].shape[-1]
-        self.about = dict(text=name if name in TEXTS else Path(name).name, width=self.width, max_tokens=max_tokens)
+        self.special = 1 + getattr(self.model.config, "num_register_tokens", 0)
+        self.mean, self.std = (torch.tensor(x, device=device).view(1, 3, 1, 1)
+                               for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.tokenizer(prompts, padding=True, pad_to_multiple_of=self.pad, truncation=True,
-                                max_length=self.max_tokens, return_tensors="pt").to(self.device)
-        states = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-        return states.float(), tokens["attention_mask"].bool()
+    def __call__(self, images, rows: int, columns: int):
+        size = rows * self.patch, columns * self.patch
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
+        x = ((images / 2 + 0.5 - self.mean) / self.std).to(self.model.dtype)
+        return self.model(pixel_values=x).last_hidden_state[:, self.special:].float()
+
+
+def pad_text(states: list[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ragged embeddings [b] of (T_i, D) -> (b, T, D) and mask (b, T) bool, T the next multiple of `pad`."""
+    lengths = torch.tensor([len(x) for x in states])
+    padded = torch.empty(len(states), -(-int(lengths.max()) // pad) * pad, states[0].shape[1], dtype=states[0].dtype,
+                         pin_memory=torch.cuda.is_available())  # the 150 MB of a batch of 128 are written once
+    for row, x in zip(padded, states):
+        row[:len(x)] = x
+        row[len(x):] = 0
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
 
 
 # =====================================================================================================================
@@ -781,10 +894,13 @@ class MuonAdamW:
         self.momentum, self.exp_avg, self.exp_avg_sq = zeros(end), zeros(self.size - end), zeros(self.size - end)
         for name, view in self.views(self.master).items():
             view.copy_(self.params[name].detach())
+        if config.weights == "bf16":
+            self.master.copy_(self.master.bfloat16())
         self.ema = self.master.clone() if config.ema else self.master
         self.grad_views = {n: v for rank, row in enumerate(self.grads) for n, v in self.views(row, rank).items()}
         self.steps, self.ema_steps, self.filled = 0, 0, False
         self.skipped, self.skipped_in_a_row = zeros(()), zeros(())  # steps with a non-finite gradient
+        self.lost = zeros(())  # share of the last step's updates that BF16 storage rounded away, where weights are BF16
         self.publish()
 
     def views(self, flat: torch.Tensor, rank: int | None = None, offset: int = 0) -> dict[str, torch.Tensor]:
@@ -815,16 +931,21 @@ class MuonAdamW:
             else:
                 p.data.copy_(view)
 
+    def zero_grad(self):
+        for p in self.params.values():
+            p.grad = None
+
     @torch.no_grad()
     def accumulate(self):
         """Take over the gradients of one micro-batch: FP32 sums, whatever dtype they came in."""
+        for name, p in self.params.items():  # what only routing uses has no gradient in a stage without it
+            p.grad = torch.zeros_like(p) if p.grad is None and name.startswith(("scorer", "skipped_token")) else p.grad
         missing = [n for n, p in self.params.items() if p.grad is None]
         assert not missing, f"no gradient reached {missing[:5]}: every parameter must take part in the loss"
         views, grads = [self.grad_views[n] for n in self.params], [p.grad for p in self.params.values()]
         (torch._foreach_add_ if self.filled else torch._foreach_copy_)(views, grads)
         self.filled = True
-        for p in self.params.values():
-            p.grad = None
+        self.zero_grad()
 
     @torch.no_grad()
     def step(self, lr_share: float = 1.0) -> torch.Tensor:
@@ -839,7 +960,7 @@ class MuonAdamW:
             grad = torch.empty_like(self.master)
             reduce_scatter(grad, self.grads.view(-1))
             grad /= self.world.size
-        square = grad.square().sum()
+        square = torch.linalg.vector_norm(grad).square()
         if self.world.size > 1:
             dist.all_reduce(square)
         norm = square.sqrt()
@@ -847,8 +968,9 @@ class MuonAdamW:
         self.skipped += ~good
         self.skipped_in_a_row = torch.where(good & (self.skipped_in_a_row < 10), 0.0, self.skipped_in_a_row + 1)
         scale = (c.clip / (norm + 1e-6)).clamp(max=1.0) if c.clip else 1.0
-        grad = torch.where(good, grad * scale, 0.0)
+        grad = grad.mul_(scale).masked_fill_(~good, 0.0)
         rate = good * lr_share  # zero where the step is skipped
+        before = self.master.clone() if c.weights == "bf16" else None
 
         for start, end, shape in self.stacks:  # Muon, Nesterov
             w, g, m = (flat[start:end].view(shape) for flat in (self.master, grad, self.momentum))
@@ -866,6 +988,10 @@ class MuonAdamW:
         w.mul_(1 - rate * (lr * c.weight_decay))
         w.sub_((m / denominator).mul_(rate * (lr / (1 - c.beta1 ** self.steps))))
 
+        if c.weights == "bf16":  # what BF16 storage does: an update below half a unit in the last place is lost
+            moved, rounded = self.master != before, self.master.bfloat16().float()
+            self.lost = ((rounded == before) & moved).sum() / moved.sum().clamp(min=1)
+            self.master.copy_(rounded)
         self.publish()
         if self.steps % c.ema_every == 0:
             self.update_ema()
@@ -894,9 +1020,14 @@ class MuonAdamW:
 
 
 # =====================================================================================================================
-# 8. Data: endless scenes or shards, in an order that depends on the seed alone, read ahead by a thread.
+# 8. Data: endless scenes or shards, in an order that depends on the seed alone, prepared ahead by a thread.
 # =====================================================================================================================
-# A batch is (images uint8 (b, 3, H, W), captions [b]): this rank's rows of global batch number i, for i from `skip` on.
+# A data set (data/scenes.py: SceneData, data/shards.py: ShardData) has
+#   batches(skip, rows)   this rank's rows of global batch number i, for i from `skip` on: x, uint8 (b, 3, H, W) images
+#                         or BF16 (b, C, h, w) latents; texts, [b] captions or stored embeddings BF16 (T_i, D); the
+#                         images that belong to latents, where REPA wants them, or None
+#   empty, prompts(n)     the empty prompt, and n held-out ones with their captions, as in `texts`
+#   sizes, latent, text   the (H, W) of its buckets; what encoded the stored latents and texts, or None
 
 def choose_field(captions: str, seed: int, sample: int) -> str:
     """long, short, or mix:P: a function of the seed and the global sample number."""
@@ -905,120 +1036,18 @@ def choose_field(captions: str, seed: int, sample: int) -> str:
     return "short" if np.random.default_rng((seed, sample, 1)).random() < float(captions[4:]) else "long"
 
 
-class SceneData:
-    """data/scenes.py's endless training split: sample number i is scene i."""
-
-    def __init__(self, config: Config):
-        from data import scenes
-
-        self.scenes, self.config = scenes, config
-        self.difficulty = scenes.difficulty_of(config.track)
-        self.about = f"scenes, {self.difficulty}, protocol {self.difficulty.protocol}"
-        self.size = (config.resolution, config.resolution)
-
-    def prompts(self, n: int) -> list[str]:
-        """Held-out prompts for the grids."""
-        return self.scenes.captions(self.scenes.draw_scenes(range(n), "eval", self.difficulty))
-
-    def batches(self, c: Config, skip: int, rows: slice):
-        for i in range(skip, sys.maxsize):
-            numbers = range(i * c.batch, (i + 1) * c.batch)[rows]
-            scenes = self.scenes.draw_scenes(numbers, "train", self.difficulty, c.seed)
-            if c.captions.startswith("mix:"):
-                texts = {f: self.scenes.captions(scenes, f) for f in ("long", "short")}
-                texts = [texts[choose_field(c.captions, c.seed, n)][j] for j, n in enumerate(numbers)]
-            else:
-                texts = self.scenes.captions(scenes, c.captions)
-            yield self.scenes.render(scenes, c.resolution), texts
-
-
-class ShardData:
-    """A folder that data/prepare.py wrote: index.json and memory-mapped safetensors shards."""
-
-    FORMAT, WINDOW = 1, 8192
-
-    def __init__(self, config: Config):
-        self.folder = Path(config.data)
-        index = self.folder / "index.json"
-        if not index.exists():
-            raise UserError(f"--data {config.data} holds no index.json; give 'scenes' or a folder that data/prepare.py "
-                            "wrote")
-        try:
-            content = json.loads(index.read_text())
-            if content["format"] != self.FORMAT:
-                raise UserError(f"{index} has format {content['format']}, this script reads {self.FORMAT}; prepare the "
-                                "data again")
-            shards = [dict(file=str(s["file"]), count=int(s["count"]), height=int(s["height"]), width=int(s["width"]))
-                      for s in content["shards"]]
-            self.shards, self.fields = shards, [str(f) for f in content["captions"]]
-            shards[0]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{index} is damaged ({type(error).__name__} {error}); prepare the data again") from None
-        for s in shards:
-            if s["height"] % config.patch or s["width"] % config.patch:
-                raise UserError(f"the {s['height']} x {s['width']} images of {config.data} are not a multiple of "
-                                f"--patch {config.patch}")
-        self.first = np.cumsum([0] + [s["count"] for s in shards])  # the id of each shard's first sample
-        self.files, self.config = {}, config
-        for s in range(len(shards)):  # every header now, on every rank: better than in the middle of the run
-            self.open(s)
-        self.about = f"{self.first[-1]} images, {len(shards)} shards, captions {', '.join(self.fields)}"
-        self.size = (shards[0]["height"], shards[0]["width"])  # of the sample grids
-
-    def open(self, shard: int):
-        if shard not in self.files:
-            about = self.shards[shard]
-            path = self.folder / about["file"]
-            try:
-                file = safe_open(path, "pt")
-                offsets = {f: file.get_tensor(f"caption.{f}.offset").tolist() for f in self.fields}
-                shape, expected = file.get_slice("image").get_shape(), [about[k] for k in ("count", "height", "width")]
-                if shape != [expected[0], 3, *expected[1:]] or any(len(x) != shape[0] + 1 for x in offsets.values()):
-                    raise OSError("it does not hold {} captioned images of {} x {}".format(*expected))
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"shard {path} cannot be read ({error}); restore the file or prepare the data again"
-                                ) from None
-            self.files[shard] = file, offsets
-        return self.files[shard]
-
-    def read(self, sample: int, field: str):
-        """One image uint8 (3, H, W) and its caption."""
-        shard = int(np.searchsorted(self.first, sample, "right")) - 1
-        (file, offsets), i = self.open(shard), sample - int(self.first[shard])
-        if field not in offsets:
-            raise UserError(f"--captions needs the field {field!r}; {self.folder} has {', '.join(offsets)}")
-        start, end = offsets[field][i:i + 2]
-        text = bytes(file.get_slice(f"caption.{field}")[start:end].tolist()).decode()
-        return file.get_slice("image")[i:i + 1][0], text
-
-    def prompts(self, n: int) -> list[str]:
-        """The first captions: of training images, as nothing is held out of such a folder."""
-        return [self.read(i % int(self.first[-1]), self.fields[0])[1] for i in range(n)]
-
-    def order(self, c: Config):
-        """Endless global batches of sample ids, one bucket each: shards shuffled, then samples in windows; each sample
-        once per epoch, remainders of a bucket carried over."""
-        shape = [(s["height"], s["width"]) for s in self.shards]
-        shape_of = np.repeat(np.arange(len(shape)), np.diff(self.first)).tolist()  # sample -> shard
-        pending, epoch = {}, 0
-        while True:
-            rng = np.random.default_rng((c.seed, epoch))
-            ids = np.concatenate([np.arange(self.first[s], self.first[s + 1]) for s in rng.permutation(len(shape))])
-            for start in range(0, len(ids), self.WINDOW):
-                for i in rng.permutation(ids[start:start + self.WINDOW]):
-                    bucket = pending.setdefault(shape[shape_of[i]], [])
-                    bucket.append(int(i))
-                    if len(bucket) == c.batch:
-                        yield bucket.copy()
-                        bucket.clear()
-            epoch += 1
-
-    def batches(self, c: Config, skip: int, rows: slice):
-        for i, ids in enumerate(self.order(c)):
-            if i >= skip:
-                first = i * c.batch + (rows.start or 0)
-                samples = [self.read(s, choose_field(c.captions, c.seed, first + j)) for j, s in enumerate(ids[rows])]
-                yield torch.stack([image for image, _ in samples]), [text for _, text in samples]
+def host_batches(data, c: Config, skip: int, step: int, rows: slice):
+    """What the host prepares for each step from `step` on: x, times t (b,), texts with some replaced by the empty one
+    (embeddings are padded: states and mask), images. All draws are made for the global batch and then cut, so that they
+    are the same for any number of ranks."""
+    pin = (lambda x: x.pin_memory()) if torch.cuda.is_available() else lambda x: x  # for copies that nobody waits for
+    for step, (x, texts, images) in enumerate(data.batches(skip, rows), step):
+        generator = generator_for("cpu", c.seed, step, 0)
+        t = draw_times(c.batch, c.shift, c.uniform, generator)[rows]
+        dropped = (torch.rand(c.batch, generator=generator) < c.caption_dropout)[rows].tolist()
+        texts = [data.empty if drop else text for drop, text in zip(dropped, texts)]
+        texts = pad_text(texts, c.text_pad) if data.text else texts
+        yield pin(x), pin(t), texts, images if images is None else pin(images)
 
 
 class Prefetch:
@@ -1060,13 +1089,16 @@ class Prefetch:
 # =====================================================================================================================
 
 @torch.no_grad()
-def sample(model, noise, text, mask, null_text, null_mask, *, steps: int, cfg_scale: float, shift: float, predict: str):
+def sample(model, noise, text, mask, null_text, null_mask, *, steps: int, cfg_scale: float, shift: float, predict: str,
+           skipped: float = 0.0):
     """Euler from t = 1 to 0 on a linear grid, shifted; classifier-free guidance (arXiv 2207.12598) when cfg_scale != 1.
+    With `skipped`, self-guidance instead: away from what the model says when that share of the tokens is routed past.
 
     noise (B, C, H, W) FP32; text (B, T, D), mask (B, T); null_text (1, T0, D), null_mask (1, T0). Returns (B, C, H, W).
     """
     B, x = len(noise), noise
-    if cfg_scale != 1:
+    routes = generator_for(noise.device, steps, 3)  # one choice of tokens per step for all rows: batches change nothing
+    if cfg_scale != 1 and not skipped:
         T = max(text.shape[1], null_text.shape[1])
         longer = lambda a, m: (F.pad(a, (0, 0, 0, T - a.shape[1])), F.pad(m, (0, T - m.shape[1])))
         (text, mask), (null_text, null_mask) = longer(text, mask), longer(null_text, null_mask)
@@ -1074,6 +1106,12 @@ def sample(model, noise, text, mask, null_text, null_mask, *, steps: int, cfg_sc
         mask = torch.cat([mask, null_mask.expand(B, -1)])
     grid = shift_time(torch.linspace(1, 0, steps + 1), shift).tolist()
     for t, t_next in zip(grid, grid[1:]):
+        if skipped and cfg_scale != 1:
+            keep = route(1, x, model.config["patch_size"], skipped, routes).expand(B, -1)
+            weak, full = (velocity(model(x, torch.full((B,), t, device=x.device), text, mask, k), x,
+                                   torch.full((B,), t, device=x.device), predict) for k in (keep, None))
+            x = x + (t_next - t) * (weak + cfg_scale * (full - weak))
+            continue
         x_in = x if cfg_scale == 1 else torch.cat([x, x])
         time_ = torch.full((len(x_in),), t, device=x.device)
         v = velocity(model(x_in, time_, text, mask), x_in, time_, predict)
@@ -1087,28 +1125,6 @@ def sample(model, noise, text, mask, null_text, null_mask, *, steps: int, cfg_sc
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """[-1, 1] -> uint8, (N, 3, H, W)."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def save_grid(images: torch.Tensor, prompts: list[str], path: Path, columns: int = 4):
-    """Images uint8 (N, 3, H, W) as a PNG, the prompts printed underneath; small images are enlarged, pixels kept."""
-    import textwrap
-
-    from PIL import Image, ImageDraw, ImageFont
-
-    font = ImageFont.load_default(size=11)
-    zoom = max(1, 192 // images.shape[-1])
-    side_x, side_y = images.shape[-1] * zoom, images.shape[-2] * zoom
-    lines = [textwrap.wrap(p, max(10, side_x // 6))[:8] for p in prompts]
-    text_height, gap = 13 * max(len(x) for x in lines) + 4, 8
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * (side_x + gap) + gap, rows * (side_y + text_height + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, text) in enumerate(zip(images.cpu(), lines)):
-        x, y = gap + i % columns * (side_x + gap), gap + i // columns * (side_y + text_height + gap)
-        sheet.paste(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side_x, side_y), Image.NEAREST), (x, y))
-        draw.text((x, y + side_y + 2), "\n".join(text), fill="black", font=font, spacing=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
 
 
 def write_atomically(path: Path, write):
@@ -1129,22 +1145,37 @@ def export_transformer(config: dict, tensors: dict[str, torch.Tensor], folder: P
     write_atomically(folder / "config.json", lambda p: p.write_text(text))
 
 
-def load_transformer(folder: Path, device="cpu") -> PRX:
-    """A PRX from such a folder, ours or diffusers', strictly, in FP32."""
-    folder = Path(folder)
-    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-        if not (folder / name).exists():
-            raise UserError(f"{folder} holds no {name}; give a transformer folder in diffusers format")
-    config = json.loads((folder / "config.json").read_text())
-    if config.pop("resolution_embeds", None):
-        raise UserError(f"{folder} is a PRX with resolution embeddings, which this model does not have")
-    model = PRX(**{k: v for k, v in config.items() if not k.startswith("_")})
-    model.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
+def load_transformer(source, device="cpu") -> PRX:
+    """A PRX in diffusers format, ours or published, strictly, in FP32: a transformer folder, a pipeline's folder, or
+    owner/name on the Hugging Face hub."""
+    folder = Path(source)
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        from huggingface_hub import snapshot_download
+        try:  # nothing but the transformer, wherever it lies in the repository
+            folder = Path(snapshot_download(str(source), allow_patterns=[
+                "transformer/*", "config.json", "diffusion_pytorch_model*"]))
+        except Exception as error:  # no network, no such repository, no access: the hub has a dozen classes for it
+            raise unavailable("init", source, error, "leave --init away") from None
+    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    try:
+        config = dict(json.loads((folder / "config.json").read_text()))
+        index = folder / "diffusion_pytorch_model.safetensors.index.json"
+        files = (sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists()
+                 else ["diffusion_pytorch_model.safetensors"])
+        tensors = {k: v for file in files for k, v in load_file(folder / Path(file).name).items()}
+        if config.pop("resolution_embeds", None):
+            raise UserError(f"{folder} is a PRX with resolution embeddings, which this model does not have")
+        model = PRX(**{k: v for k, v in config.items() if not k.startswith("_")})
+        model.load_state_dict(tensors, strict=True)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{folder} is no PRX transformer in diffusers format ({str(error).strip().splitlines()[0]}); "
+                        "it needs config.json and diffusion_pytorch_model.safetensors") from None
     return model.to(device)
 
 
-def save_checkpoint(run: Path, optimizer: MuonAdamW, state: dict, world: World, keep: int = 2):
-    """checkpoint/step-N/: one safetensors file per rank with what it owns, by parameter name, and state.json.
+def save_checkpoint(run: Path, optimizers: dict[str, MuonAdamW], state: dict, world: World, keep: int = 2):
+    """checkpoint/step-N/: one safetensors file per rank with what it owns, by parameter name after its optimizer's
+    prefix, and state.json.
 
     Written to a temporary name, flushed, renamed when all ranks are done; the last `keep` stay. No pickle, and no RNG
     state: every draw is a function of (seed, step), and the data position is the number of batches drawn.
@@ -1158,11 +1189,12 @@ def save_checkpoint(run: Path, optimizer: MuonAdamW, state: dict, world: World, 
             shutil.rmtree(left_over)
         temporary.mkdir(parents=True)
     world.barrier()
-    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in optimizer.state_dict().items()}
+    tensors = {prefix + k: v.detach().to("cpu", copy=True).contiguous()
+               for prefix, optimizer in optimizers.items() for k, v in optimizer.state_dict().items()}
     write_atomically(temporary / f"rank-{world.rank}.safetensors", lambda p: save_file(tensors, p))
     world.barrier()
     if world.rank == 0:
-        state = state | {"ranks": world.size, "optimizer_steps": optimizer.steps}
+        state = state | {"ranks": world.size, "optimizer_steps": optimizers[""].steps}
         write_atomically(temporary / "state.json", lambda p: p.write_text(json.dumps(state, indent=2) + "\n"))
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
@@ -1187,8 +1219,8 @@ def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     return None, notes
 
 
-def load_checkpoint(folder: Path, optimizer: MuonAdamW) -> dict:
-    """Fill the optimizer and the model from a checkpoint of any number of ranks; returns its state.json."""
+def load_checkpoint(folder: Path, optimizers: dict[str, MuonAdamW]) -> dict:
+    """Fill the optimizers and the model from a checkpoint of any number of ranks; returns its state.json."""
     state = json.loads((folder / "state.json").read_text())
     files = [safe_open(folder / f"rank-{rank}.safetensors", "pt") for rank in range(state["ranks"])]
     where = {key: file for file in files for key in file.keys()}
@@ -1198,30 +1230,9 @@ def load_checkpoint(folder: Path, optimizer: MuonAdamW) -> dict:
             raise UserError(f"checkpoint {folder} has no {key}; it belongs to another model or optimizer")
         return where[key].get_tensor(key)
 
-    optimizer.load_state_dict(read, state["optimizer_steps"])
+    for prefix, optimizer in optimizers.items():
+        optimizer.load_state_dict(lambda key: read(prefix + key), state["optimizer_steps"])
     return state
-
-
-def plot_curve(run: Path):
-    """curve.png: the loss over the run, raw and smoothed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    losses = {record["step"] - len(record["losses"]) + i: loss for record in read_metrics(run)
-              for i, loss in enumerate(record.get("losses", [])) if loss is not None}
-    steps = sorted(losses)
-    values = np.array([losses[s] for s in steps])
-    window = max(1, len(values) // 50)
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    axes.plot(steps, values, lw=0.4, alpha=0.4)
-    if len(values) > window:
-        axes.plot(steps[window - 1:], np.convolve(values, np.ones(window) / window, "valid"), lw=1.5)
-    axes.set(xlabel="step", ylabel="loss (velocity MSE)", yscale="log", title=run.name)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(run / "curve.png", dpi=110)
-    plt.close(figure)
 
 
 # =====================================================================================================================
@@ -1235,12 +1246,16 @@ def lr_share(progress: float, first: float, c: Config) -> float:
     return max(0.0, min(1.0, warm, cool))
 
 
+def stage_config(config: Config, stage: Stage) -> Config:
+    return dataclasses.replace(config, **stage.knobs)
+
+
 def stage_at(progress: float, stages: list[Stage]) -> int:
     ends = np.cumsum([s.share for s in stages]) / sum(s.share for s in stages)
     return min(int(np.searchsorted(ends, progress, "right")), len(stages) - 1)
 
 
-def find_run(config: Config) -> tuple[Path, Path | None, list[str], float]:
+def find_run(config: Config, plan: list[dict]) -> tuple[Path, Path | None, list[str], float]:
     """The run's folder, the checkpoint to go on from, notes on those passed over, and the seconds on its clock."""
     run = Path("logs") / config.name
     if config.resume == "never":
@@ -1258,28 +1273,23 @@ def find_run(config: Config) -> tuple[Path, Path | None, list[str], float]:
     except (OSError, ValueError) as error:
         raise UserError(f"{source}/config.json cannot be read ({error}), so it is unknown what its checkpoints belong "
                         "to; choose another --name") from None
-    free = {"resume", "stop_after", "name", "samples", "checkpoint_minutes", "compile"}
+    free = set("resume stop_after name samples checkpoint_minutes compile dry_run verify_data init "
+               "loader_threads".split())
     differ = [f"{flag(k)} was {then.get(k)}, now {v}" for k, v in dataclasses.asdict(config).items()
               if k not in free and then.get(k) != v]
+    differ += [f"its stages were {then.get('plan')}, now {plan}"] * (not differ and then.get("plan") != plan)
     if differ:
         raise UserError(f"{source} was started with other settings ({'; '.join(differ)}); repeat its flags, choose "
                         "another --name, or give --resume never to throw it away")
     return run, checkpoint, notes, ([0.0] + [record["elapsed"] for record in read_metrics(source)])[-1]
 
 
-def draw_batch(images, captions, c: Config, step: int, rows: slice, device):
-    """What a step needs, for this rank's rows: x_0, eps (b, 3, H, W), t (b,), captions with some dropped.
-
-    All draws are made for the global batch and then cut, so that they are the same for any number of ranks.
-    """
-    host = generator_for("cpu", c.seed, step, 0)
-    t = draw_times(c.batch, c.shift, c.uniform, host)[rows].to(device)
-    dropped = (torch.rand(c.batch, generator=host) < c.caption_dropout)[rows].tolist()
-    captions = ["" if drop else caption for drop, caption in zip(dropped, captions)]
-    x_0 = images.to(device, non_blocking=True).float().div_(127.5).sub_(1)
-    noise = generator_for(device, c.seed, step, 1)
-    eps = torch.randn(c.batch, *x_0.shape[1:], generator=noise, device=device)[rows]
-    return x_0, eps, t, captions
+def to_latents(x, vae, device):
+    """A batch as the model sees it, in FP32: stored latents, or images through the VAE, or scaled to [-1, 1]."""
+    x = x.to(device, non_blocking=True)
+    if x.dtype != torch.uint8:
+        return x.float()
+    return vae.encode(x) if vae else x.float().div_(127.5).sub_(1)
 
 
 def cannot_compile(device) -> str:
@@ -1291,42 +1301,65 @@ def cannot_compile(device) -> str:
         return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def sample_fixed_prompts(model, optimizer, text_encoder, prompts, size, c: Config, path: Path, world: World):
-    """The same prompts from the same noise at every call, with the EMA weights. All ranks call, rank 0 writes."""
+def sample_fixed_prompts(model, optimizer, vae, embed, data, c: Config, path: Path, world: World):
+    """The same prompts from the same noise at every call of a stage, with the EMA weights, at the size nearest to a
+    square. All ranks call, rank 0 writes."""
+    from records import figures
+
+    texts, captions = data.prompts(16)
+    height, width = min(data.sizes, key=lambda size: abs(math.log(size[0] / size[1])))
+    factor = vae.factor if vae else 1
+    shape = len(texts), model.config["in_channels"], height // factor, width // factor
+    noise = torch.randn(shape, generator=generator_for("cpu", c.seed, 0, 2)).to(world.device)
     optimizer.publish(optimizer.ema)
-    noise = torch.randn(len(prompts), 3, *size, generator=generator_for("cpu", c.seed, 0, 2)).to(world.device)
     with torch.compiler.set_stance("force_eager"):  # another batch size: not worth a compilation
-        images = sample(model, noise, *text_encoder.encode(prompts), *text_encoder.encode([""]), steps=c.sample_steps,
-                        cfg_scale=c.cfg_scale, shift=c.shift, predict=c.predict)
+        images = sample(model, noise, *embed(texts), *embed([data.empty]), steps=c.sample_steps, cfg_scale=c.cfg_scale,
+                        shift=c.shift, predict=c.predict, skipped=c.tread if c.guidance == "self" else 0.0)
     optimizer.publish()
     if world.rank == 0:
-        save_grid(to_uint8(images), prompts, path)
+        figures.save_grid(to_uint8(vae.decode(images) if vae else images), captions, path)
 
 
 def train(config: Config, stages: list[Stage]) -> int:
     """Train to the end of the budget. Returns the exit code: 0, or 128 + signal after a checkpoint."""
-    if config.track == "24h" and not torch.cuda.is_available():
-        raise UserError("track 24h needs CUDA GPUs and there is none here; "
-                        "`python train_prx.py --track micro` runs on a CPU")
-    if not config.data:
-        raise UserError(f"track {config.track} needs --data FOLDER with shards that data/prepare.py wrote")
+    from data import encoders, preflight
+
+    if config.stages == "show":
+        print(preflight.plan(config, stages))
+        return 0
     world = setup_world()
     device = world.device
-    for batch in (stage.knobs.get("batch", config.batch) for stage in stages):
-        if batch // config.accumulate % world.size:
-            raise UserError(f"--batch {batch} over --accumulate {config.accumulate} is not a multiple of {world.size} "
-                            "ranks")
     caught = []  # the first signal is noted, the second one ends the process
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: os._exit(128 + n) if caught else caught.append(n))
 
-    run, checkpoint, notes, before = find_run(config)
+    plan = [dataclasses.asdict(stage) for stage in stages]
+    run, checkpoint, notes, before = find_run(config, plan)
     if config.resume != "never" and (run / "transformer/config.json").exists():
         if world.rank == 0:
             print(f"{run} holds a finished run; choose another --name, or give --resume never to throw it away")
         return 0
-    data = SceneData(config) if config.data == "scenes" else ShardData(config)
-    text_encoder = TextEncoder(config.text, device, config.text_tokens, config.text_pad)
+    datasets, problems = preflight.check(config, stages, world, run)
+    if any(world.agree(len(problems))):
+        raise UserError("\n".join(problems))
+    if config.dry_run:
+        log_once = print if world.rank == 0 else lambda line: None
+        log_once(f"{preflight.plan(config, stages, datasets)}\nnothing is in the way; leave --dry-run away to train")
+        return 0
+    vae = encoders.VAE(config.vae, device) if config.vae != "none" else None
+    channels, factor = (vae.channels, vae.factor) if vae else (3, 1)
+    for data in datasets:
+        preflight.check_latents(config, data, vae)
+    stored = datasets[0].text  # what encoded the text that the shards hold, or None
+    text_encoder = None if stored else encoders.TextEncoder(config.text, device, config.text_tokens, config.text_pad)
+
+    def embed(texts, part=slice(None)):
+        """States (b, T, D) and mask (b, T) of prompts, of stored embeddings, or of such as are padded already."""
+        if text_encoder:
+            return text_encoder.encode(texts[part])
+        states, mask = texts if isinstance(texts, tuple) else pad_text(texts, config.text_pad)
+        return states[part].to(device, non_blocking=True), mask[part].to(device, non_blocking=True)
+
     world.barrier()  # from here on the folder is written to
     if world.rank == 0 and config.resume == "never":
         shutil.rmtree(run, ignore_errors=True)
@@ -1339,55 +1372,100 @@ def train(config: Config, stages: list[Stage]) -> int:
     for note in notes:
         log(note)
 
+    configs = [stage_config(config, stage) for stage in stages]
+    routed = any(c.tread or c.sprint for c in configs)
     bf16 = config.compute == "bf16" or config.compute == "auto" and has_fast_bf16(device)
-    model = PRX(in_channels=3, patch_size=config.patch, context_in_dim=text_encoder.width, hidden_size=config.hidden,
-                mlp_ratio=config.mlp_ratio, num_heads=config.heads, depth=config.depth,
-                bottleneck_size=config.bottleneck or None).initialize(config.seed).to(device)
+    model = PRX(in_channels=channels, patch_size=config.patch, hidden_size=config.hidden, mlp_ratio=config.mlp_ratio,
+                context_in_dim=stored["width"] if stored else text_encoder.width, num_heads=config.heads,
+                depth=config.depth, bottleneck_size=config.bottleneck or None, span=span(config) if routed else None,
+                sprint=config.sprint > 0, scorer=routed and config.tread_select == "learned").initialize(config.seed)
+    model.to(device)
+    if config.init and not checkpoint:
+        start = load_transformer(config.init)
+        if differ := [f"{k} is {v} here and {start.config[k]} there" for k, v in model.config.items()
+                      if v != start.config[k]]:
+            raise UserError(f"--init {config.init} is another model: {', '.join(differ)}; give the flags that fit it")
+        model.load_state_dict(start.state_dict())
     optimizer = MuonAdamW(model.named_parameters(), config, world)
     model.set_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
+    optimizers, teacher, critic = {"": optimizer}, None, None
+    state = dict(step=0, stage=0, batches=0, samples=0, first_progress=None, burned_in=False)
+    if checkpoint:
+        state |= json.loads((checkpoint / "state.json").read_text())
+    if any(c.repa for c in configs) and not state["burned_in"]:
+        teacher = Teacher("repa-teacher", config.repa_teacher, device)
+        projector = Alignment(config.hidden, teacher.width, config.repa_kind).initialize(config.seed + 1).to(device)
+        optimizers["repa."] = MuonAdamW(projector.named_parameters(), config, world)
+        projector.set_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
+    if any(c.pdino for c in configs):
+        critic = Teacher("pdino-teacher", config.pdino_teacher, device)
+    if config.weights == "bf16":
+        log("--weights bf16 stores the weights in BF16, where small updates round away to nothing: an ablation of how "
+            "training fails silently, not a setting to use")
     # On two cores compiling took 14 to 26 s and a micro step went from 207 to 151 ms (records/speed.md)
     long = config.steps >= 500 or config.hours >= 2 / 60
     compiled = config.compile == "on" or config.compile == "auto" and (device.type == "cuda" or long)
     if compiled and (reason := cannot_compile(device)):
         compiled = False
         log(f"torch.compile does not work here, so the blocks run uncompiled, which is slower ({reason})")
-    for block in model.blocks if compiled else ():
-        block.compile(dynamic=False)  # one graph for all blocks, one shape per resolution and text length
+    for module in [*model.blocks, *(net.model for net in (teacher, critic) if net)] if compiled else ():
+        module.compile(dynamic=False)  # one graph for all blocks, per image shape and text length
+    torch._dynamo.config.recompile_limit = 64  # that many such shapes; after the 8 of the default it would run eagerly
 
-    state = dict(step=0, stage=0, batches=0, samples=0, first_progress=None)
     if checkpoint:
-        state |= load_checkpoint(checkpoint, optimizer)
+        load_checkpoint(checkpoint, optimizers)
         log(f"resumed from {checkpoint} at step {state['step']}, {before:.0f} s on the clock")
         log.write(event="resume", step=state["step"], elapsed=clock())
     if world.rank == 0:
-        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        text = json.dumps(dataclasses.asdict(config) | dict(plan=plan), indent=2) + "\n"
         write_atomically(run / "config.json", lambda p: p.write_text(text))
     parameters = sum(p.numel() for p in model.parameters())
     budget = config.hours * 3600 - 1.0 - 2e-8 * parameters  # less the time to write the weights; a guess for 1.2 B
     length = f"{config.steps} steps" if config.steps else f"{config.hours * 60:.3g} minutes"
     log(f"{config.name}: PRX {parameters / 1e6:.1f} M parameters, {'BF16' if bf16 else 'FP32'} compute"
-        f"{', compiled' if compiled else ''}, {world.size} rank(s) on {device.type}, {length}, data: {data.about}")
+        f"{', compiled' if compiled else ''}, {world.size} rank(s) on {device.type}, {length}, data: "
+        + "; ".join(f"{s.name}: {data.about}" if len(stages) > 1 else data.about for s, data in zip(stages, datasets)))
 
-    prompts = data.prompts(16)
-    grid = lambda name: sample_fixed_prompts(model, optimizer, text_encoder, prompts, data.size, c,
-                                             run / "samples" / f"{name}.png", world)
+    grid = lambda name: sample_fixed_prompts(model, optimizer, vae, embed, data, c, run / "samples" / f"{name}.png",
+                                             world)
+    stage, loader, next_grid = None, None, 1
+    data, c = datasets[state["stage"]], configs[state["stage"]]
+
+    def losses_of(x_0, eps, t, text, mask, keep, pixels):
+        """What to minimise and the plain flow-matching loss, per sample of a micro-batch."""
+        aligned = teacher is not None and c.repa > 0
+        losses, plain, estimate, tapped = flow_matching_loss(model, x_0, eps, t, text, mask, c.predict, c.contrastive,
+                                                             keep, c.repa_layer if aligned else None)
+        if aligned:
+            rows, columns = x_0.shape[2] // c.patch, x_0.shape[3] // c.patch
+            with torch.no_grad():
+                features = teacher(pixels, rows, columns)
+            losses = losses + c.repa * projector(*tapped, features, rows, columns)
+        if c.pdino:
+            losses = losses + c.pdino * perceptual_loss(critic, estimate, x_0)
+        return losses, plain
+
     if compiled:  # now: the warm-up of a time-driven schedule must not pass while its first step compiles
-        b = config.batch // config.accumulate // world.size
-        images = torch.zeros(b, 3, *data.size, device=device)
-        flow_matching_loss(model, images, images, torch.ones(b, device=device), *text_encoder.encode((prompts * b)[:b]),
-                           config.predict).sum().backward()
-        model.zero_grad(set_to_none=True)
-    stage, loader, next_grid, c = None, None, 1, config
+        b, (height, width) = c.batch // c.accumulate // world.size, data.sizes[0]
+        x = torch.zeros(b, channels, height // factor, width // factor, device=device)
+        keep = route(b, x, c.patch, c.tread + c.sprint, None) if c.tread + c.sprint else None
+        text = embed((data.prompts(16)[0] * b)[:b])
+        losses_of(x, x, torch.ones(b, device=device), *text, keep, torch.zeros(b, 3, height, width, device=device)
+                  )[0].sum().backward()
+        for each in optimizers.values():
+            each.zero_grad()
     [elapsed] = world.agree(clock())
     heart, last_checkpoint = Heartbeat(log, world, elapsed), elapsed
 
     def heartbeat():
         tokens = x_0.shape[2] * x_0.shape[3] // c.patch ** 2
-        heart.beat(elapsed, c.batch, 3 * flops_per_image(model.config, tokens, text.shape[1]), step=state["step"],
-                   samples=state["samples"], stage=stage, data_stall_s=loader.stall,
-                   skipped_steps=optimizer.skipped.item())
+        skipped, (first, last) = c.tread + c.sprint, span(c)
+        flops = flops_per_image(model.config, tokens, text.shape[1], skipped, (last - first + 1) * (skipped > 0))
+        heart.beat(elapsed, c.batch, 3 * flops, step=state["step"], samples=state["samples"], stage=stage,
+                   data_stall_s=loader.stall, skipped_steps=optimizer.skipped.item(),
+                   **(dict(lost_updates=optimizer.lost.item()) if c.weights == "bf16" else {}))
         if optimizer.skipped_in_a_row.item() >= 10:
-            save_checkpoint(run, optimizer, state, world)
+            save_checkpoint(run, optimizers, state, world)
             raise TrainingFailed(f"10 steps in a row had a non-finite gradient; step {state['step']} is kept in "
                                  f"{run}/checkpoint: lower --lr or --lr-adamw, or look at the data")
 
@@ -1402,31 +1480,47 @@ def train(config: Config, stages: list[Stage]) -> int:
         if (now := stage_at(progress, stages)) != stage:  # a new stage: its knobs, its data from the first batch on
             if now != state["stage"]:
                 state |= dict(stage=now, batches=0)
-            stage, c = now, dataclasses.replace(config, **stages[now].knobs)
+                log(f"stage {stages[now].name}: {stages[now].knobs}")
+            stage, data, c = now, datasets[now], configs[now]
+            for each in optimizers.values():
+                each.config = c
             if loader:
                 loader.stopped = True
             share = c.batch // world.size
             rows = slice(world.rank * share, (world.rank + 1) * share)
-            loader = Prefetch(data.batches(c, state["batches"], rows), depth=3 if device.type == "cuda" else 0)
+            loader = Prefetch(host_batches(data, c, state["batches"], state["step"], rows),
+                              depth=3 if device.type == "cuda" else 0)
 
-        x_0, eps, t, captions = draw_batch(*next(loader), c, state["step"], rows, device)
+        if teacher and (progress if c.repa_until <= 1 else state["samples"]) >= c.repa_until:  # the burn-in is over
+            teacher = projector = None
+            del optimizers["repa."]
+            state["burned_in"] = True
+            log(f"REPA ends at step {state['step']}: the teacher is gone from memory, the projector from the optimizer")
+        x, t, texts, images = next(loader)
+        x_0, t = to_latents(x, vae, device), t.to(device, non_blocking=True)
+        noise = generator_for(device, c.seed, state["step"], 1)
+        eps = torch.randn(c.batch, *x_0.shape[1:], generator=noise, device=device)[rows]
+        keep = route(c.batch, x_0, c.patch, c.tread + c.sprint, noise)[rows] if c.tread + c.sprint else None
+        pixels = to_latents(x if images is None else images, None, device) if teacher and c.repa else None
         loss, by_time = torch.zeros((), device=device), torch.zeros(2, 10, device=device)
         for i in range(0, share, share // c.accumulate):
             part = slice(i, i + share // c.accumulate)
-            text, mask = text_encoder.encode(captions[part])
-            losses = flow_matching_loss(model, x_0[part], eps[part], t[part], text, mask, c.predict)
+            text, mask = embed(texts, part)
+            losses, plain = losses_of(x_0[part], eps[part], t[part], text, mask, None if keep is None else keep[part],
+                                      None if pixels is None else pixels[part])
             (losses.sum() / share).backward()
-            optimizer.accumulate()
-            loss += losses.detach().sum() / share
-            by_time.index_add_(1, (t[part] * 10).long(), torch.stack([losses.detach(), torch.ones_like(losses)]))
-        norm = optimizer.step(lr_share(progress, state["first_progress"], c))
+            for each in optimizers.values():
+                each.accumulate()
+            loss += plain.sum() / share
+            by_time.index_add_(1, (t[part] * 10).long(), torch.stack([plain, torch.ones_like(plain)]))
+        norm, *_ = [each.step(lr_share(progress, state["first_progress"], c)) for each in optimizers.values()]
         heart.add(loss, by_time, norm, progress)
         state |= dict(step=state["step"] + 1, batches=state["batches"] + 1, samples=state["samples"] + c.batch)
 
         if elapsed - heart.last >= heart.EVERY:
             heartbeat()
         if elapsed - last_checkpoint >= config.checkpoint_minutes * 60:
-            save_checkpoint(run, optimizer, state, world)
+            save_checkpoint(run, optimizers, state, world)
             last_checkpoint = elapsed
         if progress * (config.samples + 1) >= next_grid <= config.samples:
             grid(f"step-{state['step']:08d}")
@@ -1437,7 +1531,7 @@ def train(config: Config, stages: list[Stage]) -> int:
     if loader:
         loader.stopped = True
     if progress < 1:  # a signal or --stop-after
-        save_checkpoint(run, optimizer, state, world)
+        save_checkpoint(run, optimizers, state, world)
         log.write(event="stopped", step=state["step"], elapsed=clock())
         log(f"stopped at step {state['step']} with a checkpoint in {run}; the same command"
             f"{'' if number else ', with a later --stop-after or none,'} goes on from there")
@@ -1452,10 +1546,11 @@ def train(config: Config, stages: list[Stage]) -> int:
     log(f"finished: {state['step']} steps, {state['samples']:,} images, {seconds:.1f} s from process start to final "
         f"weights on disk, data stall {loader.stall if loader else 0:.1f} s")
     log.write(event="finished", step=state["step"], elapsed=seconds, samples=state["samples"])
-    save_checkpoint(run, optimizer, state, world)
+    save_checkpoint(run, optimizers, state, world)
     grid("final")
     if world.rank == 0:
-        plot_curve(run)
+        from records import figures
+        figures.plot_curve(run)
     log(f"wrote {run}/transformer, {run}/samples/final.png and {run}/curve.png"
         + f"; next: python eval_prx.py {run}" * (config.data == "scenes"))
     world.barrier()

@@ -1,196 +1,188 @@
-"""Captioned images -> training shards, in pixel space.
+"""Captioned images -> training shards.
 
-    python data/prepare.py photos/ --out shards --size 32                   # an image folder with metadata.jsonl
-    python data/prepare.py wds/ more/00000.tar --out shards --size 256      # WebDataset tars, or folders of them
-    python train_prx.py --track micro --data shards                         # then train on them
+    python data/prepare.py photos/ --out shards --size 32                    # an image folder with metadata.jsonl
+    python data/prepare.py 'wds/*.tar' --out shards --size 256 --crop buckets --store image,latent,text
+    torchrun --standalone --nproc_per_node=8 data/prepare.py hf://owner/name --out shards --size 256,512 \\
+        --store latent,text                                                  # one part of the source per GPU at a time
+    python train_prx.py --track micro --data shards --resolution 32          # it prints the command that comes next
 
-SOURCE is one of
+SOURCE, one or several, is
     an image folder   with metadata.jsonl (the Hugging Face ImageFolder convention), one JSON object per line:
                       {"file_name": "cats/1.jpg", "text": "a long caption", "text_short": "a cat"}; text_short may lack
-    WebDataset tars   members KEY.jpg|jpeg|png|webp with KEY.txt (the caption) or KEY.json ("text" or "caption", and
-                      "text_short"); read member by member, never unpacked to disk
+    WebDataset tars   members KEY.jpg|jpeg|png|webp with KEY.txt (the long caption) or KEY.json; read member by member,
+                      never unpacked to disk
+    Parquet files     a column of encoded images, bytes or the {bytes, path} of `datasets`, and one or two of captions
+    a folder of such files, a glob in quotes, or hf://owner/name[@revision][/folder-or-glob], a dataset repository
 
-Images are turned upright (EXIF), composited over white, cropped to the central square and resized. Captions are cleaned
-by diffusers' own code for PRX prompts, so that training and sampling see the same text. What cannot be used is skipped,
-counted by reason and named; by default that includes images smaller than --size, since enlarging them teaches blur.
+Images are turned upright (EXIF), composited over white, cropped (--crop center: the central square; buckets: the
+nearest of the aspect ratios that diffusers' PRX pipelines use) and made smaller. Captions are cleaned by diffusers' own
+code for PRX prompts, so that training and sampling see the same text. What cannot be used is skipped, counted by reason
+and named; by default that includes images smaller than --size, since enlarging them teaches blur. An image is a
+duplicate if at any size its pixels are those of an earlier one.
 
-DIR then holds, in the order of the source:
-    train-00000.safetensors, ...   image uint8 [N, 3, H, W]; hash uint8 [N, 16], from the sha256 of each image's pixels;
-                                   caption.long, and caption.short if every sample has one: UTF-8 bytes uint8 [total],
-                                   of which caption i is offset[i]:offset[i + 1] by caption.long.offset int64 [N + 1]
-    report.json                    what was read, kept and skipped, with the first 100 names for each reason
-    index.json                     the contract with the trainer; written last, so without it DIR is incomplete
+A sample is for evaluation, never for training, if the first 8 bytes of the sha256 of its encoded image, as a share of
+2^64, are below --eval-share: on every machine and in every order the same ones.
+
+DIR then holds, in the order of the source (N rows, all of one size in pixels; T = all bytes or tokens of a field)
+    train-00000.safetensors, eval-00000.safetensors, ...
+                           hash          uint8 [N, 16]       of the sha256 of the encoded image
+                           image         uint8 [N, 3, H, W]  --store image
+                           jpeg          uint8 [T]           --store jpeg: quality 95, 4:4:4; ragged, as below
+                           latent        bf16 [N, C, h, w]   --store latent: VAE.encode
+                           caption.long  uint8 [T]           UTF-8; ragged: row i is offset[i]:offset[i + 1] by
+                                                             caption.long.offset int64 [N + 1]
+                           text.long     bf16 [T, width]     --store text: the states that the mask keeps; ragged
+                           caption.short, text.short         as the long ones, if every sample has a short caption
+    empty.safetensors      text bf16 [T, width], of the empty prompt (--store text)
+    contact_sheet.png      some of the images with their captions, and why others were skipped
+    report.json            what was read, kept and skipped, with the first 100 names for each reason
+    index.json             the contract with the trainer; written last, so without it DIR is incomplete
+
+Work is done in parts (about 2 GB of files, or 20,000 lines) and kept in DIR/.prepare until all is there. After a kill,
+a crash or a full disk the same command goes on after the last finished part and ends with the same bytes.
 """
 
 import argparse
+import collections
+import concurrent.futures
+import dataclasses
 import functools
 import hashlib
 import io
-import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
-import tarfile
+import textwrap
+import time
 import warnings
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
+STARTED = time.time()
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import sources
+from data.sources import Fields, Part, Reject
+from data.encoders import VAE, TextEncoder
+from train_prx import Parser, UserError, write_atomically
+
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # no other decoder of Pillow ever sees the bytes
-MAX_BYTES = 100 * 10**6      # of an encoded image or a caption file
 MAX_PIXELS = 100 * 10**6     # of an image, by its header
 MAX_SIDE = 30_000            # pixels
 MAX_CAPTION = 10_000         # characters: clean_text is quadratic, 10,000 hostile ones cost 3 s (measured)
+MAX_BUFFER = 2 * 10**9       # bytes of rows held per process; beyond them the fullest shard is written early
+MIN_FREE = 10**9             # bytes that are left free on the disk
 NAMES_KEPT = 100             # names of skipped samples in report.json, per reason
+THUMBS, THUMB_SIDE = 64, 96  # of the contact sheet (a part keeps up to twice as many); pixels
+REPORT_EVERY = 10            # seconds between two lines of progress
+STORES = ("latent", "text", "image", "jpeg")
+FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 
 
-class UserError(Exception):
-    """Bad input: one sentence that names it and says what to do; exit code 2."""
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that decides the bytes that come out; a job in progress goes on only under the same. Flags are made of it."""
 
+    size: tuple = (32,)             # pixels: side of the square, or of one with a bucket's area; several: 256,512
+    crop: str = "center"            # center (the central square) | buckets (the nearest of diffusers' aspect ratios)
+    filter: str = "lanczos"         # lanczos | area: how images are made smaller
+    store: tuple = ("image",)       # of latent,text,image,jpeg: what is kept; image is raw pixels, jpeg encoded ones
+    vae: str = "repa-e"             # encodes the latents: a name that train_prx.py knows, a repository or a folder
+    text: str = "t5gemma"           # encodes the captions, likewise
+    text_tokens: int = 256          # longer captions are cut by the text encoder
+    eval_share: float = 0.01        # share of the images that is split off for evaluation, by content
+    image_field: str = ""           # Parquet column, key of metadata.jsonl, extension in tars (default: a usual name)
+    long_field: str = ""            # Parquet column or JSON key of the long caption (default: a usual name)
+    short_field: str = ""           # Parquet column or JSON key of the short caption (default: a usual name)
+    caption: str = ""               # a model that writes the captions of images whose long caption is empty
+    batch: int = 16                 # images or captions encoded at a time
+    shard_size: int = 1024          # most rows of a shard
+    limit: int | None = None        # stop when this many images are kept
+    min_size: int | None = None     # skip images with a short side below this (default: each --size)
 
-class Reject(Exception):
-    """This sample cannot be used; the message is the reason it is counted under."""
-
-
-# ---- sources: each yields (name, image_bytes, {"long": str, "short": str | None}) ------------------------------------
-
-
-def read_image_folder(path, skip=lambda name, reason: None):
-    """Samples of an image folder, in the order of metadata.jsonl; `skip(name, reason)` hears of what cannot be read."""
-    root = Path(path).resolve()
-    with open(root / "metadata.jsonl", "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            name = f"metadata.jsonl:{number}"
+    def __post_init__(self):
+        for name, kind in (("size", int), ("store", str)):
+            value = getattr(self, name)
+            value = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
             try:
-                info = parse_json(line)
-                if not isinstance(info.get("file_name"), str):
-                    raise Reject("bad metadata")
-                name = info["file_name"]
-                yield name, read_inside(root, name), captions(info)
-            except Reject as reason:
-                skip(name, str(reason))
+                object.__setattr__(self, name, tuple(map(kind, value)))
+            except ValueError:
+                raise UserError(f"{flag(name)} is {listed(value)}: give numbers such as 256 or 256,512") from None
+        for name in ("text_tokens", "batch", "shard_size", "limit", "min_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{flag(name)} is {getattr(self, name)}: give 1 or more")
+        if not self.size or min(self.size) < 1 or len(set(self.size)) < len(self.size):
+            raise UserError(f"--size is {listed(self.size)}: give one or several different sizes of 1 pixel or more")
+        for name, known in (("crop", ("center", "buckets")), ("filter", tuple(FILTERS))):
+            if getattr(self, name) not in known:
+                raise UserError(f"{flag(name)} {getattr(self, name)} is unknown; use {' or '.join(known)}")
+        if unknown := set(self.store) - set(STORES):
+            raise UserError(f"--store {listed(self.store)}: {listed(unknown)} is unknown; use some of {listed(STORES)}")
+        if {"image", "jpeg"} <= set(self.store) or not {"image", "jpeg", "latent"} & set(self.store):
+            what = "images twice" if "jpeg" in self.store else "no images"
+            raise UserError(f"--store {listed(self.store)} keeps {what}: give image, jpeg or latent, or latent with "
+                            "one of the others")
+        if not 0 <= self.eval_share < 1:
+            raise UserError(f"--eval-share is {self.eval_share}: give a share from 0 to below 1")
 
 
-def read_inside(root: Path, name: str) -> bytes:
-    """The bytes of the file `name` in the folder `root` (resolved); Reject if it is missing, too large or elsewhere."""
-    try:
-        file = (root / name).resolve()  # follows links and "..": what counts is where the file really is
-        if not file.is_relative_to(root):
-            raise Reject("outside the folder")
-        if not file.is_file():
-            raise Reject("missing file")
-        if file.stat().st_size > MAX_BYTES:
-            raise Reject("too many bytes")
-        return file.read_bytes()
-    except (OSError, ValueError, RuntimeError):  # no permission, name too long; a null byte in it; a loop of links
-        raise Reject("missing file") from None
+SOURCE = Path(__file__).read_text().split("class Settings:")[1].split("def __post_init__")[0]
+HELP = dict(re.findall(r"^    (\w+): .+? = .+?  # (.+)$", SOURCE, re.M))  # the comments above are the help texts
 
 
-def read_webdataset(paths, skip=lambda name, reason: None):
-    """Samples of tars, in stream order; `skip` as above. Member names are labels, never paths."""
-    for path in map(Path, paths):
-        try:
-            with tarfile.open(path, "r:") as tar:
-                files = (m for m in tar if m.isreg() and split_name(m.name))  # no links, devices or hidden files
-                for key, members in itertools.groupby(files, lambda m: split_name(m.name)[0]):
-                    name = f"{path.name}:{key}"
-                    try:
-                        yield name, *read_group(tar, members)
-                    except Reject as reason:
-                        skip(name, str(reason))
-                # tarfile takes a damaged header for the end of the archive; a real end is zeros, or the end of the file
-                tar.fileobj.seek(tar.offset)
-                if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                    raise tarfile.ReadError
-        except (tarfile.TarError, OSError, EOFError, ValueError):
-            skip(path.name, "broken tar (what follows the damage is lost)")
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension) of a member, cut at the first dot of its file name as in WebDataset; None for hidden files."""
-    folder, slash, file = name.rpartition("/")
-    stem, dot, extension = file.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem and dot else None
-
-
-def read_group(tar: tarfile.TarFile, members) -> tuple[bytes, dict]:
-    """(image bytes, captions) of the members that share a key."""
-    parts = {}
-    for member in members:
-        extension = split_name(member.name)[1]
-        kind = "image" if extension in IMAGE_EXTENSIONS else extension
-        if kind in ("image", "txt", "json") and kind not in parts:  # of several images under one key, the first
-            if member.size > MAX_BYTES:
-                raise Reject("too many bytes")
-            parts[kind] = tar.extractfile(member).read()
-    if "image" not in parts:
-        raise Reject("no image under this key")
-    info = parse_json(parts.get("json", b"{}"))
-    try:
-        text = parts.get("txt", b"").decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise Reject("caption not in UTF-8") from None
-    return parts["image"], captions({**info, "text": text} if text.strip() else info)
-
-
-def parse_json(data: bytes) -> dict:
-    try:
-        return dict(**json.loads(data))
-    except (ValueError, TypeError, RecursionError):  # no JSON, no object, nested without end
-        raise Reject("bad metadata") from None
-
-
-def captions(info: dict) -> dict:
-    """{"long": str, "short": str | None} of a metadata object; what is absent or no string is "" and None."""
-    long, short = info.get("text") or info.get("caption"), info.get("text_short")
-    return {"long": long if isinstance(long, str) else "", "short": short if isinstance(short, str) else None}
-
-
-def find_source(paths: list[Path]) -> tuple[str, list[Path]]:
-    """("image_folder", [folder]) or ("webdataset", tars), whichever `paths` are; UserError if they are neither."""
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} does not exist; SOURCE is an image folder with metadata.jsonl, or WebDataset tars")
-    if len(paths) == 1 and (paths[0] / "metadata.jsonl").is_file():
-        return "image_folder", paths
-    tars = []
-    for path in paths:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        found = [f for f in files if f.suffix.lower() == ".tar" and f.is_file() and not f.name.startswith(".")]
-        if not found:
-            raise UserError(f"{path} has nothing to read: looked for .tar files and for metadata.jsonl; SOURCE is one "
-                            "image folder with metadata.jsonl, or WebDataset tars and folders of them")
-        tars += found
-    return "webdataset", tars
+def listed(values) -> str:
+    return ",".join(map(str, values))
 
 
 # ---- one sample: bytes to pixels, caption to clean caption -----------------------------------------------------------
 
 
-def decode(data: bytes, size: int, min_size: int) -> np.ndarray:
-    """Encoded image -> uint8 [3, size, size], upright RGB, centre-cropped; Reject says why it cannot be used."""
+def buckets(size: int, crop: str) -> list[tuple[int, int]]:
+    """(height, width) in pixels of the crops of one size: one square, or diffusers' own aspect ratios.
+
+    For sizes that diffusers' pipelines have no table for, theirs for 256 is scaled, to multiples of size / 16 and 8."""
+    if crop == "center":
+        return [(size, size)]
+    from diffusers.pipelines.prx.pipeline_prx import ASPECT_RATIO_BINS
+    if size in ASPECT_RATIO_BINS:
+        return [tuple(sides) for sides in ASPECT_RATIO_BINS[size].values()]
+    if size % 8:
+        raise UserError(f"--size {size} with --crop buckets: give a multiple of 8, so that all buckets are")
+    step = max(8, size // 16 // 8 * 8)
+    scaled = [tuple(int(side * size / 256 / step + 0.5) * step for side in b) for b in ASPECT_RATIO_BINS[256].values()]
+    return list(dict.fromkeys(scaled))
+
+
+def decode(data: bytes, shapes: dict, min_size: int | None = None,
+           resample=Image.Resampling.LANCZOS) -> dict[int, np.ndarray]:
+    """Encoded image -> {size: uint8 [3, height, width]}, upright RGB; Reject says why it cannot be used.
+
+    shapes: {size: [(height, width), ...]}, of which the nearest aspect ratio is taken. Sizes that are larger than the
+    image's short side are left out; with min_size they are not, but smaller images are refused."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd but readable files, and of sizes that are judged here
         try:
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)  # the header only
             if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
                 raise Reject("too many pixels")
-            if min(image.size) < min_size:
+            sizes = [size for size in shapes if min(image.size) >= (min_size or size)]
+            if not sizes:
                 raise Reject("smaller than --min-size")
-            image.draft(None, (4 * size, 4 * size))  # JPEG: decode at 1/2, 1/4 or 1/8 while 4x the target remains
-            image = ImageOps.exif_transpose(image)
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = to_rgb(image.crop((left, top, left + side, top + side)))
-            image = image.resize((size, size), Image.Resampling.LANCZOS)
+            image.draft(None, (4 * max(sizes),) * 2)  # JPEG: decode at 1/2, 1/4 or 1/8 while 4x the target remains
+            image = to_rgb(ImageOps.exif_transpose(image))
+            return {size: fit(image, shapes[size], resample) for size in sizes}
         except Reject:
             raise
         except Image.DecompressionBombError:
@@ -199,6 +191,17 @@ def decode(data: bytes, size: int, min_size: int) -> np.ndarray:
             raise Reject("not a JPEG, PNG or WebP image") from None
         except Exception:  # hostile bytes raise OSError, SyntaxError, struct.error, zlib.error, ... out of the decoders
             raise Reject("broken image") from None
+
+
+def fit(image: Image.Image, shapes: list[tuple[int, int]], resample) -> np.ndarray:
+    """The middle of an RGB image in the shape (height, width) nearest to its own: uint8 [3, height, width]."""
+    height, width = min(shapes, key=lambda s: abs(np.log(s[0] / s[1] * image.width / image.height)))
+    scale = min(image.height / height, image.width / width)
+    across, down = round(width * scale), round(height * scale)
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    if (across, down) != image.size:
+        image = image.crop((left, top, left + across, top + down))
+    image = image.resize((width, height), resample)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (H, W, 3) -> (3, H, W)
 
 
@@ -209,167 +212,705 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def clean(text: str) -> str:
     """The caption as diffusers' PRXPipeline cleans a prompt. Not idempotent: the trainer must not clean it again."""
     if len(text) > MAX_CAPTION:
         raise Reject("caption too long")
-    return text_preprocessor().clean_text(text)
+    return text_preprocessor().clean_text(text) if text else ""
 
 
 @functools.cache
 def text_preprocessor():
-    from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor  # 8 s, so not before the first good image
+    from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor  # seconds, so not before the first good image
     return TextPreprocessor()
 
 
-# ---- output ----------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Sample:
+    """An image on its way: `images` and, where they are stored, `jpegs` by size; `keys`, of each one's pixels."""
+
+    digest: bytes  # sha256 of the encoded image
+    images: dict[int, np.ndarray]
+    keys: dict[int, bytes]
+    jpegs: dict[int, bytes]
+    name: str = ""
+    long: str = ""
+    short: str = ""
+    ordinal: int = 0  # among the part's kept ones
 
 
-class ShardWriter:
-    """Fills shards in a hidden folder of `out`; `publish` moves them into place with the two JSON files."""
+def process(data: bytes, s: Settings, shapes: dict) -> Sample:
+    """What can be done to a sample in a thread: Pillow, numpy and hashlib let go of the interpreter."""
+    images = decode(data, shapes, s.min_size, FILTERS[s.filter])
+    keys = {size: hashlib.sha256(image).digest()[:16] for size, image in images.items()}
+    jpegs = {}
+    if "jpeg" in s.store:
+        for size, image in images.items():
+            Image.fromarray(image.transpose(1, 2, 0)).save(buffer := io.BytesIO(), "JPEG", quality=95, subsampling=0)
+            jpegs[size] = buffer.getvalue()
+    return Sample(hashlib.sha256(data).digest(), images, keys, jpegs)
 
-    def __init__(self, out: Path, size: int, shard_size: int):
-        self.out, self.size, self.shard_size = out, size, shard_size
-        self.partial = out / ".prepare.partial"  # in `out`, so that moving a file is a rename
-        self.samples, self.shards = [], []  # of the shard being filled; index entries of those written
-        self.kept = self.lacking_short = 0
 
-    def add(self, image: np.ndarray, digest: bytes, long: str, short: str) -> None:
-        """Takes uint8 [3, H, W], 16 bytes and two clean captions; an empty `short` means there is none."""
-        self.samples.append((image, np.frombuffer(digest, np.uint8), long, short))
+def in_eval(digest: bytes, share: float) -> bool:
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+# ---- networks --------------------------------------------------------------------------------------------------------
+
+
+class Networks:
+    """What --store and --caption need, on this process's GPU if there is one. UserError if it cannot be had."""
+
+    def __init__(self, s: Settings):
+        self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        self.vae = VAE(s.vae, self.device) if "latent" in s.store else None
+        self.text = TextEncoder(s.text, self.device, max_tokens=s.text_tokens) if "text" in s.store else None
+        self.captioner = None
+        if s.caption:
+            from data.caption import Captioner
+            self.captioner = Captioner(s.caption, self.device, s.batch)
+
+    def states(self, prompts: list[str]) -> list[torch.Tensor]:
+        """Per prompt the states of its tokens, bf16 [tokens, width]; of no prompt, none."""
+        rows = zip(*self.text.encode(prompts)) if prompts else ()
+        return [states[mask].to(torch.bfloat16).cpu() for states, mask in rows]
+
+    def latents(self, images: list[np.ndarray]) -> torch.Tensor:
+        return self.vae.encode(torch.from_numpy(np.stack(images))).to(torch.bfloat16).cpu()
+
+
+# ---- one part --------------------------------------------------------------------------------------------------------
+
+
+class PartWriter:
+    """Encodes the samples of a part in batches and fills shards with them, in an order that nothing but the source and
+    the settings decide. `close` leaves the part's record, which says that all of it is there."""
+
+    def __init__(self, folder: Path, number: int, s: Settings, networks: Networks):
+        self.folder, self.name, self.s, self.networks = folder, f"part-{number:05d}", s, networks
+        self.batch, self.waiting = [], {}  # samples before the text encoder; rows before the VAE, by shape
+        self.filling, self.buffered = {}, 0  # rows by (split, size, height, width); bytes in them
+        self.shards, self.written = [], []  # index entries; (key, ordinal) of every row in them
+        self.names, self.thumbs, self.every = [], [], 1
+        self.skipped, self.kept = {}, 0
+
+    def skip(self, name: str, reason: str) -> None:
+        entry = self.skipped.setdefault(reason, {"count": 0, "first": []})
+        entry["count"] += 1
+        if len(entry["first"]) < NAMES_KEPT:
+            entry["first"].append(name[:200])
+
+    def add(self, sample: Sample) -> None:
         self.kept += 1
-        self.lacking_short += not short
-        if len(self.samples) == self.shard_size:
-            self.flush()
+        self.batch.append(sample)
+        if len(self.batch) == self.s.batch:
+            self.encode()
 
-    def flush(self) -> None:
-        images, digests, longs, shorts = zip(*self.samples)
-        tensors = {"image": np.stack(images), "hash": np.stack(digests), **ragged("caption.long", longs)}
-        if not self.lacking_short:  # so far; publish takes them out again where a later sample has none
-            tensors |= ragged("caption.short", shorts)
-        name = f"train-{len(self.shards):05d}.safetensors"
-        self.partial.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, self.partial / name)
-        self.shards.append({"file": name, "count": len(images), "height": self.size, "width": self.size})
-        self.samples = []
+    def encode(self) -> None:
+        """The batch's captions, then its images as their shapes come together."""
+        batch, self.batch = self.batch, []
+        lacking = [sample for sample in batch if not sample.long]
+        if lacking:
+            largest = [sample.images[max(sample.images)].transpose(1, 2, 0) for sample in lacking]
+            texts = self.networks.captioner.caption([Image.fromarray(image) for image in largest])
+            for sample, text in zip(lacking, texts):
+                sample.long, sample.short = clean(text["long"][:MAX_CAPTION]), clean(text["short"][:MAX_CAPTION])
+                if not sample.long:
+                    self.skip(sample.name, "no caption")
+                    self.kept -= 1
+            batch = [sample for sample in batch if sample.long]
+        rows = []
+        for sample in batch:
+            sample.ordinal = len(self.names)
+            if sample.ordinal % self.every == 0:
+                self.add_thumb(sample)
+            self.names.append(sample.name)
+            row = {"hash": sample.digest[:16]}
+            for field, text in (("long", sample.long), ("short", sample.short)):
+                if text:
+                    row[f"caption.{field}"] = text.encode("utf-8", "replace")
+            rows.append(row)
+        if self.networks.text:
+            for field in ("long", "short"):
+                having = [i for i, sample in enumerate(batch) if getattr(sample, field)]
+                for i, states in zip(having, self.networks.states([getattr(batch[i], field) for i in having])):
+                    rows[i][f"text.{field}"] = states
+        for sample, row in zip(batch, rows):
+            for size, image in sample.images.items():
+                place = ("eval" if in_eval(sample.digest, self.s.eval_share) else "train", size, *image.shape[1:])
+                this = {**row, "image": image, "about": (place, sample.keys[size], sample.ordinal)}
+                if sample.jpegs:
+                    this["jpeg"] = sample.jpegs[size]
+                waiting = self.waiting.setdefault(image.shape, [])
+                waiting.append(this)
+                if len(waiting) == self.s.batch or not self.networks.vae:
+                    self.encode_images(image.shape)
 
-    def publish(self, index: dict, report: dict) -> dict:
-        """Returns the index as written. What an earlier run left goes first: no index ever names shards not its own."""
-        if self.samples:
-            self.flush()
-        for shard in self.shards:
-            file = self.partial / shard["file"]
-            if self.lacking_short:
-                tensors = load_file(file)
-                if tensors.pop("caption.short", None) is not None:
-                    del tensors["caption.short.offset"]
-                    save_file(tensors, file)
-            shard["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        index = {**index, "count": self.kept, "captions": ["long"] if self.lacking_short else ["long", "short"],
-                 "buckets": [[self.size, self.size]], "shards": self.shards}
-        for name, content in (("report.json", report), ("index.json", index)):
-            (self.partial / name).write_text(json.dumps(content, indent=1) + "\n")
-        for old in [self.out / "index.json", *self.out.glob("train-[0-9][0-9][0-9][0-9][0-9].safetensors")]:
-            old.unlink(missing_ok=True)
-        for name in [*(shard["file"] for shard in self.shards), "report.json", "index.json"]:  # the index last
-            with open(self.partial / name, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(self.partial / name, self.out / name)
-        return index
+    def encode_images(self, shape: tuple) -> None:
+        rows = self.waiting.pop(shape)
+        if self.networks.vae:
+            for row, latent in zip(rows, self.networks.latents([row["image"] for row in rows])):
+                row["latent"] = latent
+        for row in rows:
+            if "image" not in self.s.store:
+                del row["image"]
+            place = row["about"][0]
+            self.filling.setdefault(place, []).append(row)
+            self.buffered += bytes_of(row)
+            if len(self.filling[place]) == self.s.shard_size:
+                self.write(place)
+            while self.buffered > MAX_BUFFER:
+                self.write(max(self.filling, key=lambda p: sum(map(bytes_of, self.filling[p]))))
+
+    def write(self, place: tuple) -> None:
+        rows, (split, size, height, width) = self.filling.pop(place), place
+        self.buffered -= (total := sum(map(bytes_of, rows)))
+        check_disk(self.folder, 2 * total)
+        tensors = {}
+        for key in ("hash", "image", "latent"):
+            if key in rows[0]:
+                tensors[key] = torch.stack([as_tensor(row[key]) for row in rows])
+        for key in ("jpeg", "caption.long", "caption.short", "text.long", "text.short"):
+            if all(key in row for row in rows):
+                tensors |= ragged(key, [as_tensor(row[key]) for row in rows])
+        path = self.folder / f"{self.name}-{len(self.shards):05d}.safetensors"
+        write_atomically(path, lambda p: save_file(tensors, p))
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.shards.append({"file": path.name, "split": split, "count": len(rows), "resolution": size, "height": height,
+                            "width": width, "sha256": digest, "lack": sum("caption.short" not in r for r in rows)})
+        self.written += [row["about"][1:] for row in rows]
+
+    def add_thumb(self, sample: Sample) -> None:
+        """Every so many samples one is kept for the contact sheet: half as many each time there are too many."""
+        image = Image.fromarray(sample.images[max(sample.images)].transpose(1, 2, 0))
+        way = Image.Resampling.NEAREST if max(image.size) < THUMB_SIDE else Image.Resampling.LANCZOS
+        image = ImageOps.pad(image, (THUMB_SIDE, THUMB_SIDE), way, color="white")
+        self.thumbs.append((sample.ordinal, torch.from_numpy(np.array(image)), sample.long[:200]))
+        if len(self.thumbs) == 2 * THUMBS:
+            self.thumbs, self.every = self.thumbs[::2], 2 * self.every
+
+    def close(self, fields: Fields) -> dict:
+        """Writes what is left, then the rows' keys and the thumbnails, last the record, which it returns."""
+        self.encode()
+        for shape in list(self.waiting):
+            self.encode_images(shape)
+        for place in list(self.filling):
+            self.write(place)
+        ordinals, thumbs, captions = zip(*self.thumbs) if self.thumbs else ((), (), ())
+        tensors = {"key": torch.stack([as_tensor(key) for key, _ in self.written]) if self.written
+                   else torch.zeros(0, 16, dtype=torch.uint8),
+                   "sample": torch.tensor([ordinal for _, ordinal in self.written], dtype=torch.int64),
+                   "thumb": torch.stack(thumbs) if thumbs else torch.zeros(0, dtype=torch.uint8),
+                   "thumb.sample": torch.tensor(ordinals, dtype=torch.int64),
+                   **ragged("thumb.caption", [as_tensor(text.encode("utf-8", "replace")) for text in captions]),
+                   **ragged("name", [as_tensor(name.encode("utf-8", "replace")) for name in self.names])}
+        write_atomically(self.folder / f"{self.name}.rows.safetensors", lambda p: save_file(tensors, p))
+        record = {"kept": self.kept, "skipped": self.skipped, "fields": list(fields.seen), "shards": self.shards}
+        write_json(self.folder / f"{self.name}.json", record)
+        return record
 
 
-def ragged(name: str, texts) -> dict[str, np.ndarray]:
-    """N strings -> {name: uint8 [total UTF-8 bytes], name.offset: int64 [N + 1]}."""
-    encoded = [text.encode("utf-8", "replace") for text in texts]
-    offset = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return {name: np.frombuffer(b"".join(encoded), np.uint8), f"{name}.offset": offset}
+def bytes_of(row: dict) -> int:
+    return sum(len(x) if isinstance(x, bytes) else x.nbytes for x in row.values() if not isinstance(x, tuple))
+
+
+def as_tensor(x) -> torch.Tensor:
+    """Bytes, an array or a tensor, as a tensor."""
+    if isinstance(x, torch.Tensor):
+        return x
+    return torch.from_numpy(np.frombuffer(x, np.uint8).copy() if isinstance(x, bytes) else x)
+
+
+def ragged(name: str, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """N tensors [t_i, ...] -> {name: [sum of t_i, ...], name.offset: int64 [N + 1]}."""
+    offset = torch.tensor(np.cumsum([0, *map(len, rows)], dtype=np.int64))
+    return {name: torch.cat(rows) if rows else torch.zeros(0, dtype=torch.uint8), f"{name}.offset": offset}
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def read_json(path: Path) -> dict | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def check_disk(folder: Path, wanted: int) -> None:
+    """OSError if the disk is about to be full."""
+    free, least = shutil.disk_usage(folder).free, max(MIN_FREE, wanted)
+    if free < least:
+        raise OSError(f"the disk of {folder.parent.parent} has {gigabytes(free)} left, and {gigabytes(least)} are the "
+                      "least to go on with: make room and start the same command again, it goes on where it stopped")
+
+
+def gigabytes(n: float) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
+
+
+def ahead(samples, pool, depth: int, work):
+    """(name, captions, future or Reject) of a part's samples, in order, `depth` of them being worked on."""
+    queue = collections.deque()
+    for name, data, texts in samples:
+        queue.append((name, texts, data if isinstance(data, Reject) else pool.submit(work, data)))
+        if len(queue) > depth:
+            yield queue.popleft()
+    yield from queue
+
+
+def prepare_part(part: Part, folder: Path, s: Settings, networks: Networks, shapes: dict, workers: int, seen: set,
+                 room: int | None, progress) -> dict:
+    """Makes the shards of a part in `folder` and returns its record. seen: keys of images that are there already; room:
+    how many may be kept, None: any number."""
+    writer, fields = PartWriter(folder, part.number, s, networks), Fields(s.image_field, s.long_field, s.short_field)
+    samples, captioned = part.read(fields, needs_captions=not networks.captioner), False
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        work = functools.partial(process, s=s, shapes=shapes)
+        for count, (name, texts, sample) in enumerate(ahead(samples, pool, 2 * max(workers, s.batch), work)):
+            try:
+                if isinstance(sample, Reject):
+                    raise sample
+                sample = sample.result()
+                captioned = captioned or bool(texts["long"])
+                sample.name, sample.long, sample.short = name, clean(texts["long"]), clean(texts["short"])
+                if not sample.long and not networks.captioner:
+                    raise Reject("no caption")
+                if not seen.isdisjoint(sample.keys.values()):
+                    raise Reject("duplicate")
+                seen.update(sample.keys.values())
+                writer.add(sample)
+            except Reject as reason:
+                writer.skip(name, str(reason))
+            progress.tick(part)
+            if part.number == 0 and count == 99 and not captioned and not networks.captioner:
+                raise UserError(f"none of the first 100 samples of {part.files[0].name} has a caption{named(fields)}; "
+                                "--caption MODEL writes captions")
+            if room and writer.kept == room:
+                pool.shutdown(cancel_futures=True)
+                break
+    return writer.close(fields)
+
+
+def named(fields: Fields) -> str:
+    return f"; their fields are {', '.join(fields.seen)}: name one with --long-field" if fields.seen else ""
+
+
+class Progress:
+    """A line now and then: share of the source in bytes, images/s, time left; of rank 0, the others do the same work.
+
+    Of `total` bytes `done` are in finished parts, `before` of them since an earlier start."""
+
+    def __init__(self, parts: list[Part], speaks: bool):
+        self.speaks, self.total = speaks, sum(part.bytes for part in parts)
+        self.done = self.before = self.images = 0
+        self.start = self.last = time.monotonic()
+
+    def finished(self, part: Part, now: bool) -> None:
+        self.done += part.bytes
+        self.before += 0 if now else part.bytes
+
+    def tick(self, part: Part) -> None:
+        self.images += 1
+        now = time.monotonic()
+        if self.speaks and now - self.last > REPORT_EVERY:
+            self.last, seconds = now, now - self.start
+            read = self.done - self.before + min(part.done, part.bytes)
+            left = seconds * (self.total - self.before - read) / read if read else 0
+            print(f"{100 * (self.before + read) / self.total:.1f} % of the source, {self.images} images, "
+                  f"{self.images / seconds:.0f} images/s, {duration(left)} left", flush=True)
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min" if minutes else "< 1 min"
+
+
+# ---- before: what is to be done, and whether it fits -----------------------------------------------------------------
+
+
+def describe(s: Settings, networks: Networks, given: list[str], parts: list[Part]) -> dict:
+    """All that makes a job this job, as JSON; no path of this machine."""
+    settings = {name: value for name, value in dataclasses.asdict(s).items() if name not in ("vae", "text")}
+    settings["caption"] = local_name(s.caption)
+    files = [file for part in parts for file in part.files]
+    source = {"names": [source if source.startswith("hf://") else Path(source).resolve().name for source in given],
+              "repositories": {f.repository.id: f.repository.revision for f in files if f.repository}}
+    job = {"format": 2, "settings": settings, "latent": networks.vae and networks.vae.about,
+           "text": networks.text and networks.text.about, "source": source, "parts": [part.about() for part in parts]}
+    return json.loads(json.dumps(job))
+
+
+def local_name(name: str) -> str:
+    return Path(name).name if Path(name).exists() else name
+
+
+def difference(old: dict, new: dict) -> str:
+    """What is not the same in two jobs, in words."""
+    was, now = old.get("settings", {}), new["settings"]
+    changed = [f"{flag(k)} was {show(was.get(k))} and is {show(now[k])}" for k in now if was.get(k) != now[k]]
+    changed += [f"--{flag_name} was {show(old.get(k))} and is {show(new[k])}" for k, flag_name in
+                (("latent", "vae"), ("text", "text")) if old.get(k) != new[k]]
+    if old.get("parts") != new["parts"] or old.get("source") != new["source"]:
+        changed.append("the source's files are not the same")
+    return "; ".join(changed) or "another version of this script made it"
+
+
+def show(value) -> str:
+    return listed(value) if isinstance(value, list) else str(value) if value not in ("", None) else "not given"
+
+
+def claim(out: Path, job: dict, overwrite: bool, rank: int) -> bool:
+    """Makes DIR/.prepare/job this job's, or waits until rank 0 has; False if the job is already finished."""
+    work, index = out / ".prepare/job", out / "index.json"
+    while True:
+        held, finished = read_json(work / "job.json"), read_json(index) if index.exists() else None
+        if held == job:
+            return True
+        if finished and finished.get("job") == name_of(job) and (
+                (out / ".prepare/trash").exists() or rank and index.stat().st_mtime > STARTED):
+            return False  # killed while it was tidying up, or rank 0 was done before this rank had started
+        if not overwrite and held:
+            raise UserError(f"--out {out} holds an unfinished job, and {difference(held, job)}: go on with what it was "
+                            "started with, or --overwrite starts over")
+        if not overwrite and finished:
+            raise UserError(f"--out {out} already holds a prepared data set: --overwrite replaces it")
+        if rank == 0:
+            discard(work)
+            work.mkdir(parents=True, exist_ok=True)
+            write_json(work / "job.json", job)
+            return True
+        time.sleep(0.2)
+
+
+def name_of(job: dict) -> str:
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+
+
+def discard(work: Path) -> None:
+    """Removes the job's folder; at no moment is there a job with only some of its files."""
+    trash = work.with_name("trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    if work.exists():
+        os.replace(work, trash)
+        shutil.rmtree(trash)
+
+
+def bytes_per_sample(s: Settings, networks: Networks) -> float:
+    """Of what is written for an image that is large enough for every size. Pixels and latents are exact; JPEG at 0.45
+    bytes per pixel, 150 and 30 tokens and 1 kB of captions are guesses, on the high side."""
+    pixels, n = sum(size * size for size in s.size), len(s.size)
+    total = 1000 * n + pixels * (3 * ("image" in s.store) + 0.45 * ("jpeg" in s.store))
+    if networks.vae:
+        total += 2 * networks.vae.channels * pixels / networks.vae.factor**2
+    if networks.text:
+        total += 2 * networks.text.width * (min(s.text_tokens, 150) + min(s.text_tokens, 30)) * n
+    return total
+
+
+def count_samples(parts: list[Part], s: Settings, captioned: bool) -> float | None:
+    """About how many samples there are; None if that is not known before the download. UserError for Parquet files
+    without the columns that are needed."""
+    fields, total, rate = Fields(s.image_field, s.long_field, s.short_field), 0, None
+    for part in parts:
+        for file in part.files:
+            if part.kind == "lines":
+                total += part.lines
+            elif file.repository:
+                return None
+            elif part.kind == "parquet":
+                found = sources.parquet_columns(file.path, file.name, fields, not captioned)
+                total += found[1] if found else 0
+            else:
+                rate = rate or sources.samples_in(file) / max(file.bytes, 1)
+                total += rate * file.bytes
+    return total
+
+
+def estimate(out: Path, parts: list[Part], s: Settings, networks: Networks) -> None:
+    """Says how much disk the data set will need; UserError if that is more than there is."""
+    samples, each = count_samples(parts, s, bool(networks.captioner)), bytes_per_sample(s, networks)
+    while not out.exists():
+        out = out.parent
+    free = shutil.disk_usage(out).free
+    if samples is None:
+        print(f"each image will need {gigabytes(each)}; {gigabytes(free)} of disk are free")
+        return
+    samples = min(samples, s.limit or samples)
+    print(f"about {samples:.0f} images, {gigabytes(samples * each)} of disk; {gigabytes(free)} are free", flush=True)
+    if samples * each > free:
+        raise UserError(f"about {samples:.0f} images at {gigabytes(each)} need {gigabytes(samples * each)}, and the "
+                        f"disk of {out} has {gigabytes(free)}: make room, take another --out, keep less with --store, "
+                        "or --limit")
+
+
+# ---- after: duplicates across parts, and moving it all into place ----------------------------------------------------
+
+
+def find_duplicates(rows: list[dict]) -> list[np.ndarray]:
+    """For each part, which of its rows belong to an image that repeats one of an earlier part: bool [rows].
+
+    rows: of each part, its rows' keys uint8 [n, 16] and the ordinals of their images int64 [n]."""
+    first = np.cumsum([0, *(1 + row["sample"].max(initial=-1) for row in rows)])
+    keys = np.concatenate([row["key"] for row in rows]).view(np.uint64).reshape(-1, 2)
+    image = np.concatenate([row["sample"] + start for row, start in zip(rows, first)])
+    order = np.lexsort((image, keys[:, 1], keys[:, 0]))  # equal keys side by side, the earliest image first
+    repeats = order[1:][(keys[order][1:] == keys[order][:-1]).all(1)]
+    dropped = np.isin(image, image[repeats])
+    return np.split(dropped, np.cumsum([len(row["key"]) for row in rows])[:-1])
+
+
+def finish(out: Path, job: dict, s: Settings, given: list[str], parts: list[Part], networks: Networks) -> dict:
+    """Makes a data set of the parts' shards. It can be killed at any moment and done again: all it decides follows from
+    the records, the shards are moved, and the index comes last. Returns the index."""
+    work = out / ".prepare/job"
+    if not parts:
+        fail(work, nothing_usable(given, parts, 0, {}, 0, Fields()))
+    names = [f"part-{part.number:05d}" for part in parts]
+    records = [read_json(work / f"{name}.json") for name in names]
+    rows = []
+    for name in names:
+        with safe_open(work / f"{name}.rows.safetensors", "np") as file:
+            rows.append({key: file.get_tensor(key) for key in ("key", "sample", "thumb.sample")})
+    dropped = find_duplicates(rows)
+
+    skipped = {}
+    for record in records:
+        for reason, entry in record["skipped"].items():
+            all_of = skipped.setdefault(reason, {"count": 0, "first": []})
+            all_of["count"] += entry["count"]
+            all_of["first"] = (all_of["first"] + entry["first"])[:NAMES_KEPT]
+    gone = [np.unique(row["sample"][drop]) for row, drop in zip(rows, dropped)]  # ordinals of images
+    for name, ordinals in zip(names, gone):
+        if len(ordinals):
+            entry = skipped.setdefault("duplicate", {"count": 0, "first": []})
+            entry["count"] += len(ordinals)
+            entry["first"] += texts_of(work / f"{name}.rows.safetensors", "name", ordinals[:NAMES_KEPT])
+            entry["first"] = entry["first"][:NAMES_KEPT]
+    kept = sum(record["kept"] for record in records) - sum(map(len, gone))
+    counts = {reason: entry["count"] for reason, entry in skipped.items()}
+    read = kept + sum(counts.values())
+    for reason, entry in skipped.items():  # repr: names come from strangers and may hold control characters
+        more = ", ..." if entry["count"] > 3 else ""
+        print(f"skipped {entry['count']}: {reason} ({', '.join(map(repr, entry['first'][:3]))}{more})")
+
+    shards, moves, numbers = [], {}, collections.Counter()
+    for record, drop in zip(records, dropped):
+        drops = np.split(drop, np.cumsum([shard["count"] for shard in record["shards"]], dtype=int)[:-1])
+        for shard, drop in zip(record["shards"], drops):
+            name = f"{shard['split']}-{numbers[shard['split']]:05d}.safetensors"
+            numbers[shard["split"]] += 1
+            moves[work / shard["file"]] = out / name
+            shards.append({**shard, "file": name, "skip": np.flatnonzero(drop).tolist()})
+    count = {split: sum(x["count"] - len(x["skip"]) for x in shards if x["split"] == split)
+             for split in ("train", "eval")}
+    if not count["train"]:
+        seen = dict.fromkeys(field for record in records for field in record["fields"])
+        fail(work, nothing_usable(given, parts, read, counts, kept, Fields(seen=seen)))
+    lack, total = sum(shard.pop("lack") for shard in shards), sum(shard["count"] for shard in shards)
+    if 0 < lack < total:
+        print(f"{lack} of {total} kept samples have no short caption, so the index leaves the field out")
+
+    index = {"format": 2, "count": count["train"], "eval_count": count["eval"],
+             "captions": ["long"] if lack else ["long", "short"],
+             "text_cleaning": "diffusers.PRXPipeline.clean_text",
+             "image": "raw" if "image" in s.store else "jpeg" if "jpeg" in s.store else None,
+             "latent": job["latent"], "text": job["text"], "eval_share": s.eval_share, "shards": shards,
+             "source": {**job["source"], "read": read}, "skipped": counts, "settings": job["settings"],
+             "job": name_of(job)}
+    report = {"read": read, "kept": kept, "train": count["train"], "eval": count["eval"],
+              "resolutions": {str(size): sum(x["count"] - len(x["skip"]) for x in shards if x["resolution"] == size)
+                              for size in s.size}, "skipped": skipped}
+    sheet = contact_sheet(work, names, rows, gone, kept, read, counts)
+
+    # From here on the old data set, if there is one, makes place: no index ever names shards that are not its own.
+    (out / "index.json").unlink(missing_ok=True)
+    for source, target in moves.items():
+        if source.exists():  # else it was moved before a kill
+            os.replace(source, target)
+    for file in [*out.glob("train-*.safetensors"), *out.glob("eval-*.safetensors")]:
+        if file not in moves.values():
+            file.unlink()
+    if networks.text:
+        empty = networks.states([""])[0]
+        write_atomically(out / "empty.safetensors", lambda p: save_file({"text": empty}, p))
+    else:
+        (out / "empty.safetensors").unlink(missing_ok=True)
+    write_atomically(out / "contact_sheet.png", lambda p: sheet.save(p, "PNG"))
+    write_json(out / "report.json", report)
+    write_json(out / "index.json", index)
+
+    megabytes = sum((out / shard["file"]).stat().st_size for shard in shards) / 1e6
+    print(f"kept {kept} of {read} images, {count['train']} samples for training and {count['eval']} for evaluation, "
+          f"{len(shards)} shards, {megabytes:.1f} MB; next:\n{next_command(out, s)}")
+    return index
+
+
+def fail(work: Path, message: str):
+    discard(work)  # there is nothing to go on with
+    raise UserError(message)
+
+
+def texts_of(path: Path, name: str, rows) -> list[str]:
+    with safe_open(path, "np") as file:
+        data, offset = file.get_tensor(name).tobytes(), file.get_tensor(f"{name}.offset")
+    return [data[offset[i]:offset[i + 1]].decode() for i in rows]
+
+
+def nothing_usable(given: list[str], parts: list[Part], read: int, counts: dict, kept: int, fields: Fields) -> str:
+    if kept:
+        return f"{', '.join(given)}: all {kept} usable images fall to the evaluation set; lower --eval-share"
+    sought = {"lines": "lines of metadata.jsonl with file_name and text", "parquet": "rows with image and caption",
+              "tar": "KEY.jpg, .jpeg, .png or .webp beside KEY.txt or KEY.json"}
+    kinds = " or ".join(dict.fromkeys(sought[part.kind] for part in parts)) or sought["lines"]
+    why = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
+    return (f"{', '.join(given)}: no usable image; looked for {kinds} and found "
+            + (f"{read}, none of them good ({why})" if read else "none") + named(fields) * ("no caption" in counts))
+
+
+def next_command(out: Path, s: Settings) -> str:
+    track = ["--track", "micro"] if s.size[0] < 256 else [] if "latent" in s.store else ["--track", "mini"]
+    words = ["python", "train_prx.py", *track, "--data", str(out), "--resolution", str(s.size[0])]
+    words += ["--vae", s.vae] if "latent" in s.store else []
+    words += ["--text", s.text, "--text-tokens", str(s.text_tokens)] if "text" in s.store else []
+    return shlex.join(words)
+
+
+def contact_sheet(work: Path, names: list[str], rows: list[dict], gone: list, kept: int, read: int,
+                  counts: dict) -> Image.Image:
+    """Up to THUMBS of the kept images, evenly spaced, 8 to a row with their captions, and why others were skipped."""
+    first = np.cumsum([0, *(1 + row["sample"].max(initial=-1) for row in rows)])
+    there = [(start + ordinal, part, i) for part, (row, start, drop) in enumerate(zip(rows, first, gone))
+             for i, ordinal in enumerate(row["thumb.sample"]) if ordinal not in drop]
+    wanted = np.searchsorted([ordinal for ordinal, _, _ in there], np.linspace(0, first[-1], THUMBS, endpoint=False))
+    chosen = sorted({min(int(i), len(there) - 1) for i in wanted}) if there else []
+    columns, gap, lines, line = 8, 8, 4, 11  # images, pixels, lines of text, pixels
+    across, down = THUMB_SIDE + gap, THUMB_SIDE + lines * line + gap
+    reasons = [f"kept {kept} of {read} images", *(f"skipped {n}: {reason}" for reason, n in counts.items())]
+    below = gap + -(-len(chosen) // columns) * down
+    sheet = Image.new("RGB", (gap + columns * across, below + len(reasons) * line + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=9)
+    for place, (_, part, i) in enumerate(there[k] for k in chosen):
+        path = work / f"{names[part]}.rows.safetensors"
+        with safe_open(path, "np") as file:
+            image = Image.fromarray(file.get_slice("thumb")[i:i + 1][0])
+        x, y = gap + place % columns * across, gap + place // columns * down
+        sheet.paste(image, (x, y))
+        text = textwrap.wrap(texts_of(path, "thumb.caption", [i])[0], THUMB_SIDE // 5)[:lines]
+        draw.text((x, y + THUMB_SIDE), "\n".join(text), fill="black", font=font, spacing=1)
+    for i, reason in enumerate(reasons):
+        draw.text((gap, below + i * line), reason, fill="black", font=font)
+    return sheet
 
 
 # ---- all of it -------------------------------------------------------------------------------------------------------
 
 
-def prepare(source, out, size=32, shard_size=1024, limit=None, min_size=None, overwrite=False) -> dict:
-    """Writes the shards of `source` (a path or several) to the folder `out` and returns index.json's content.
+def prepare(source, out, overwrite: bool = False, workers: int = 0, **settings) -> dict:
+    """Writes the shards of `source` (a path, a glob, an hf:// repository or several of them) to the folder `out` and
+    returns the content of index.json; {} on ranks other than 0.
 
-    size, min_size: pixels; min_size, the smallest short side taken, is `size` unless given. shard_size: samples.
-    limit: stop when that many are kept. Raises UserError for input that cannot be used, and `out` is then as it was."""
-    sources = [Path(source)] if isinstance(source, (str, Path)) else [Path(s) for s in source]
-    out, min_size = Path(out), size if min_size is None else min_size
-    for flag, value in (("size", size), ("shard-size", shard_size), ("min-size", min_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} is {value}: give 1 or more")
-    kind, paths = find_source(sources)
+    settings: those of `Settings`. overwrite: an old data set in `out`, or another job's unfinished one, gives way; the
+    old one stays valid until the new one is complete. workers: threads that decode; 0: the cores over the processes.
+    Raises UserError for input that cannot be used, `out` being then as it was, and OSError for a full disk or a broken
+    download; called again it goes on after the last part that was finished."""
+    s = Settings(**settings)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    given = [str(x) for x in ([source] if isinstance(source, (str, Path)) else source)]
+    out, existed = Path(out), Path(out).exists()
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
-    if (out / "index.json").exists() and not overwrite:
-        raise UserError(f"--out {out} already holds a prepared data set: --overwrite replaces it")
-
-    skipped, digests = {}, set()
-
-    def skip(name: str, reason: str) -> None:
-        entry = skipped.setdefault(reason, {"count": 0, "first": []})
-        entry["count"] += 1
-        if len(entry["first"]) < NAMES_KEPT:
-            entry["first"].append(name)
-
-    writer = ShardWriter(out, size, shard_size)
-    samples = read_image_folder(paths[0], skip) if kind == "image_folder" else read_webdataset(paths, skip)
+    if workers < 0:
+        raise UserError(f"--workers is {workers}: give 1 or more, or 0 for the cores over the processes")
+    if s.limit and world > 1:
+        raise UserError(f"--limit {s.limit} on {world} processes: which images come first is only known to one; start "
+                        "it without torchrun")
+    shapes = {size: buckets(size, s.crop) for size in s.size}
+    work, started = out / ".prepare/job", (out / ".prepare").exists()
     try:
-        for name, data, texts in tqdm(samples, unit=" images", disable=None):  # None: only on a terminal
-            try:
-                image = decode(data, size, min_size)
-                if not (long := clean(texts["long"])):
-                    raise Reject("no caption")
-                short, digest = clean(texts["short"] or ""), hashlib.sha256(image).digest()[:16]
-                if digest in digests:
-                    raise Reject("duplicate")
-                digests.add(digest)
-                writer.add(image, digest, long, short)
-            except Reject as reason:
-                skip(name, str(reason))
-            if writer.kept == limit:
-                break
-        for reason, entry in skipped.items():  # repr: names come from strangers and may hold control characters
-            more = ", ..." if entry["count"] > 3 else ""
-            print(f"skipped {entry['count']}: {reason} ({', '.join(map(repr, entry['first'][:3]))}{more})")
-        counts = {reason: entry["count"] for reason, entry in skipped.items()}
-        read = writer.kept + sum(counts.values())
-        if not writer.kept:
-            sought = {"image_folder": "lines of metadata.jsonl with file_name and text",
-                      "webdataset": "KEY.jpg, .jpeg, .png or .webp beside KEY.txt or KEY.json"}[kind]
-            why = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
-            raise UserError(f"{', '.join(map(str, sources))}: no usable image; looked for {sought} and found "
-                            + (f"{read}, none of them good ({why})" if read else "none"))
-        if 0 < writer.lacking_short < writer.kept:
-            print(f"{writer.lacking_short} of {writer.kept} kept samples have no text_short, so the field is left out.")
-        index = writer.publish(
-            {"format": 1, "text_cleaning": "diffusers.PRXPipeline.clean_text", "latent": None, "skipped": counts,
-             "source": {"kind": kind, "paths": [p.resolve().name for p in paths], "read": read, "min_size": min_size}},
-            {"read": read, "kept": writer.kept, "skipped": skipped})
-    finally:
-        shutil.rmtree(writer.partial, ignore_errors=True)
-    megabytes = sum((out / shard["file"]).stat().st_size for shard in index["shards"]) / 1e6
-    print(f"kept {writer.kept} of {read} images, {len(index['shards'])} shards, {megabytes:.1f} MB; next:\n"
-          f"python train_prx.py --track micro --data {shlex.quote(str(out))}")
-    return index
+        files = [file for x in given for file in sources.list_files(x, out / ".prepare/download")]
+        parts, networks = sources.cut(files), Networks(s)
+        if networks.vae:
+            check_factor(shapes, networks.vae.factor, s)
+        job = describe(s, networks, given, parts)
+        if rank == 0 and not (work / "job.json").exists() and (overwrite or not (out / "index.json").exists()):
+            estimate(out, parts, s, networks)
+        if claim(out, job, overwrite, rank):
+            workers = workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+            parts = run_parts(parts, work, s, networks, shapes, workers, rank, world)
+            if rank == 0:
+                finish(out, job, s, given, parts, networks)
+                discard(work)
+        return tidy(out) if rank == 0 else {}
+    except UserError:
+        if rank == 0 and not started and not list(work.glob("part-*.json")):  # nothing is lost
+            shutil.rmtree(out / ".prepare", ignore_errors=True)
+            if not existed and out.exists() and not list(out.iterdir()):
+                out.rmdir()
+        raise
+
+
+def check_factor(shapes: dict, factor: int, s: Settings) -> None:
+    for height, width in (shape for size in s.size for shape in shapes[size]):
+        if height % factor or width % factor:
+            raise UserError(f"--size {listed(s.size)} --crop {s.crop} makes images of {height} x {width} pixels, no "
+                            f"multiple of the {factor} pixels that a latent of --vae {s.vae} covers: choose another "
+                            "--size or --crop")
+
+
+def run_parts(parts: list[Part], work: Path, s: Settings, networks: Networks, shapes: dict, workers: int, rank: int,
+              world: int) -> list[Part]:
+    """Prepares this rank's parts as far as they are not there yet; on rank 0 waits for the others'. Returns the parts
+    that make the data set: all of them unless --limit is reached before."""
+    mine = parts[rank::world]
+    progress, kept, seen = Progress(mine, rank == 0), 0, set()
+    for number, part in enumerate(mine):
+        record = read_json(work / f"part-{part.number:05d}.json")
+        fresh = record is None
+        if fresh:
+            room = s.limit and s.limit - kept
+            record = prepare_part(part, work, s, networks, shapes, workers, set(seen), room, progress)
+        part.discard()
+        progress.finished(part, fresh)
+        if s.limit:
+            kept += record["kept"]
+            if kept >= s.limit:
+                return mine[:number + 1]
+            with safe_open(work / f"part-{part.number:05d}.rows.safetensors", "np") as file:
+                seen.update(map(bytes, file.get_tensor("key")))
+    if rank == 0:
+        records = [work / f"part-{part.number:05d}.json" for part in parts]
+        if not all(record.exists() for record in records):
+            print("this process has done its parts and waits for the others", flush=True)
+        while not all(record.exists() for record in records):
+            time.sleep(0.5)
+    return parts
+
+
+def tidy(out: Path) -> dict:
+    """Removes what is left of a finished job, the sign that it is finished last; returns the index."""
+    for name in ("download", "job", "trash"):
+        shutil.rmtree(out / ".prepare" / name, ignore_errors=True)
+    shutil.rmtree(out / ".prepare", ignore_errors=True)
+    return read_json(out / "index.json")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("source", nargs="+", metavar="SOURCE", help="an image folder, or WebDataset tars")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("source", nargs="+", metavar="SOURCE", help=sources.KINDS)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder for the shards")
-    parser.add_argument("--size", type=int, default=32, help="pixels per side (default: %(default)s)")
-    parser.add_argument("--min-size", type=int, help="skip images with a short side below this (default: --size)")
-    parser.add_argument("--shard-size", type=int, default=1024, help="images per shard (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="stop when this many images are kept")
-    parser.add_argument("--overwrite", action="store_true", help="replace the data set that DIR holds")
+    for field in dataclasses.fields(Settings):
+        default = listed(field.default) if isinstance(field.default, tuple) else field.default
+        kind = int if default is None else type(default)
+        parser.add_argument(flag(field.name), type=kind, default=argparse.SUPPRESS,
+                            help=HELP[field.name] + (f" [{default}]" if default not in ("", None) else ""))
+    parser.add_argument("--workers", type=int, default=0, help="decoding threads [the cores over the processes]")
+    parser.add_argument("--overwrite", action="store_true", help="replace the data set or the unfinished job in DIR")
     try:
         prepare(**vars(parser.parse_args()))
-    except (UserError, OSError) as error:  # OSError: a full disk, no permission
+    except (UserError, OSError) as error:  # OSError: a full disk, no permission, a download that broke off
         print(f"prepare.py: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:

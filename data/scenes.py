@@ -18,6 +18,7 @@ squares.
 import argparse
 import functools
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -319,6 +320,40 @@ def score(images: torch.Tensor, scenes: Scenes) -> dict[str, torch.Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# For the trainer
+# ---------------------------------------------------------------------------------------------------------------------
+
+class SceneData:
+    """The endless training split as train_prx.py reads it (see its section 8): sample number i is scene i."""
+
+    empty, latent, text = "", None, None  # the empty prompt; nothing is stored encoded
+
+    def __init__(self, c):
+        self.config, self.difficulty = c, difficulty_of(c.track)
+        self.about = f"scenes, {self.difficulty}, protocol {self.difficulty.protocol}"
+        self.sizes = [(c.resolution, c.resolution)]
+
+    def prompts(self, n: int) -> tuple[list, list[str]]:
+        """Held-out prompts for the grids: as the text encoder wants them, and to print underneath."""
+        prompts = captions(draw_scenes(range(n), "eval", self.difficulty))
+        return prompts, prompts
+
+    def batches(self, skip: int, rows: slice):
+        from train_prx import choose_field
+
+        c = self.config
+        for i in range(skip, sys.maxsize):
+            numbers = range(i * c.batch, (i + 1) * c.batch)[rows]
+            scenes = draw_scenes(numbers, "train", self.difficulty, c.seed)
+            if c.captions.startswith("mix:"):
+                texts = {f: captions(scenes, f) for f in ("long", "short")}
+                texts = [texts[choose_field(c.captions, c.seed, n)][j] for j, n in enumerate(numbers)]
+            else:
+                texts = captions(scenes, c.captions)
+            yield render(scenes, c.resolution), texts, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A look at it
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -326,7 +361,7 @@ def main():
     import sys
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from train_prx import save_grid  # the same grids as the trainer's
+    from records.figures import save_grid  # the same grids as the trainer's
 
     parser = argparse.ArgumentParser(description="Write a contact sheet of scenes with their captions.")
     parser.add_argument("--track", choices=("micro", "mini"), default="micro", help="whose difficulty")

@@ -43,7 +43,7 @@ def trial(flags: str, name: str = "search") -> dict:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     run = Path("logs") / name
     config = json.loads((run / "config.json").read_text())
-    model, text = T.load_transformer(run / "transformer"), T.TextEncoder("tiny")
+    model, text = T.load_transformer(run / "transformer"), TextEncoder("tiny")
     scenes, generator = S.draw_scenes(range(500), "eval"), torch.Generator().manual_seed(0)
     captions, null = S.captions(scenes), text.encode([""])
     noise = lambda n: torch.randn(n, 3, 32, 32, generator=generator)

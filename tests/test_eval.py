@@ -12,6 +12,7 @@ from PIL import Image
 
 import eval_prx
 import train_prx
+from data.encoders import TextEncoder
 from data import scenes
 from eval_prx import Features, Moments, fid, main, mmd, preprocess
 
@@ -259,6 +260,8 @@ def test_bad_arguments_are_one_sentence(folders, capsys, tmp_path):
     (run / "config.json").write_text(json.dumps({"data": "scenes", "track": "micro"}))
     assert "not finished" in refused(capsys, run)
     (run / "config.json").write_text(json.dumps({"data": "shards/photos", "track": "micro"}))
+    (run / "transformer").mkdir()
+    (run / "transformer/config.json").write_text("{}")
     assert "shards/photos" in (message := refused(capsys, run)) and "--real" in message
 
 
@@ -268,7 +271,7 @@ def test_bad_arguments_are_one_sentence(folders, capsys, tmp_path):
 def run(tmp_path_factory):
     """The folder of a finished run whose model knows nothing."""
     folder = tmp_path_factory.mktemp("logs") / "run"
-    encoder = train_prx.TextEncoder("tiny")
+    encoder = TextEncoder("tiny")
     config, _ = train_prx.parse_args(["--track", "micro", "--hidden", "32", "--depth", "1", "--heads", "2"])
     model = train_prx.PRX(in_channels=3, patch_size=8, context_in_dim=encoder.width, hidden_size=32, mlp_ratio=2.0,
                           num_heads=2, depth=1, axes_dim=[8, 8], bottleneck_size=None)
@@ -303,9 +306,9 @@ def test_a_run_through_the_command_line(run, tmp_path):
 
 
 def test_every_prompt_has_its_own_noise_whatever_the_batch():
-    noise = eval_prx.prompt_noise("eval", range(8), 16, seed=0)
-    assert torch.equal(noise[5:7], eval_prx.prompt_noise("eval", range(5, 7), 16, seed=0))
-    others = [eval_prx.prompt_noise(split, range(8), 16, seed) for split, seed in (("eval", 1), ("unseen", 0))]
+    noise = eval_prx.prompt_noise("eval", range(8), (3, 16, 16), seed=0)
+    assert torch.equal(noise[5:7], eval_prx.prompt_noise("eval", range(5, 7), (3, 16, 16), seed=0))
+    others = [eval_prx.prompt_noise(split, range(8), (3, 16, 16), seed) for split, seed in (("eval", 1), ("unseen", 0))]
     flat = torch.cat([noise, *others]).flatten(1)
     assert (torch.corrcoef(flat) - torch.eye(24)).abs().max() < 0.25
     assert noise.mean().abs() < 0.05 and (noise.std() - 1).abs() < 0.05
@@ -317,7 +320,7 @@ def test_a_painter_that_knows_the_answer_gets_full_marks(tmp_path):
     for split in ("eval", "unseen"):
         drawn = scenes.draw_scenes(range(200), split)
         answers |= dict(zip(scenes.captions(drawn), scenes.render(drawn, 32)))
-    config = dict(track="micro", resolution=32, shift=3.0, predict="x", seed=0)
+    config = dict(track="micro", resolution=32, shift=3.0, predict="x", seed=0, noise_shape=(3, 32, 32))
     knows = lambda prompts, *_: torch.stack([answers[p] for p in prompts])
     confuses = lambda prompts, *_: knows(prompts).roll(1, 0)
     networks = {"inception": Features("inception")}

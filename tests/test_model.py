@@ -167,8 +167,8 @@ def test_loss_equals_an_explicit_loop(predict):
     g = torch.Generator().manual_seed(0)
     x_0, eps = torch.randn(4, 3, 8, 8, generator=g), torch.randn(4, 3, 8, 8, generator=g)
     t = torch.tensor([0.01, 0.3, 0.7, 0.99])
-    model = lambda x, t, text, mask: torch.tanh(x) * t[:, None, None, None]
-    got = T.flow_matching_loss(model, x_0, eps, t, None, None, predict)
+    model = lambda x, t, text, mask, keep: torch.tanh(x) * t[:, None, None, None]
+    got = T.flow_matching_loss(model, x_0, eps, t, None, None, predict)[0]
     for i in range(4):
         x_t = (1 - t[i]) * x_0[i] + t[i] * eps[i]
         out = torch.tanh(x_t) * t[i]

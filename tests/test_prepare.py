@@ -88,14 +88,14 @@ def beside_a_good_one(tmp_path: Path, data: bytes, caption: str = "a bad one") -
     """What is skipped of a folder with one good image and `data` as bad.jpg; the good one must have been kept."""
     lines = [{"file_name": "bad.jpg", "text": caption}, {"file_name": "good.png", "text": "a good one"}]
     source = folder(tmp_path / "in", {"bad.jpg": data, "good.png": encode(picture())}, lines)
-    prep.prepare(source, tmp_path / "out")
+    prep.prepare(source, tmp_path / "out", eval_share=0)
     assert texts(tensors(tmp_path / "out"), "long") == ["a good one"]
     return skipped(tmp_path / "out")
 
 
 def decoded(data: bytes, size: int = 32) -> np.ndarray:
     """[H, W, 3] as int."""
-    return prep.decode(data, size, size).transpose(1, 2, 0).astype(int)
+    return prep.decode(data, {size: [(size, size)]})[size].transpose(1, 2, 0).astype(int)
 
 
 # ---- what comes out --------------------------------------------------------------------------------------------------
@@ -117,10 +117,10 @@ def test_folder_and_tar_of_the_same_images_give_the_same_shards(tmp_path):
         members.append((f"x/{stem}.json", json.dumps(info).encode()))
     tar(tmp_path / "tars" / "a.tar", members[:10])  # the first two samples
     tar(tmp_path / "tars" / "b.TAR", members[10:])
-    a = prep.prepare(source, tmp_path / "a", shard_size=3)
-    b = prep.prepare(tmp_path / "tars", tmp_path / "b", shard_size=3)
+    a = prep.prepare(source, tmp_path / "a", shard_size=3, eval_share=0)
+    b = prep.prepare(tmp_path / "tars", tmp_path / "b", shard_size=3, eval_share=0)
     assert [s["count"] for s in a["shards"]] == [3, 1] and a["shards"] == b["shards"]  # sha256 of the files included
-    assert a["captions"] == ["long", "short"] and b["source"]["paths"] == ["a.tar", "b.TAR"]
+    assert a["captions"] == ["long", "short"] and b["source"]["names"] == ["tars"] and b["source"]["read"] == 4
     shard = tensors(tmp_path / "a")
     assert shard["image"].shape == (3, 3, 32, 32) and shard["image"].dtype == np.uint8
     assert shard["caption.long.offset"].dtype == np.int64
@@ -141,43 +141,43 @@ def test_captions_are_what_diffusers_makes_of_a_prompt(tmp_path):
 def test_index_and_hashes_match_the_files(tmp_path):
     images = {f"{i}.png": encode(picture(i)) for i in range(5)}
     lines = [{"file_name": name, "text": f"image {name[0]}"} for name in images] + ["{not json"]
-    returned = prep.prepare(folder(tmp_path / "in", images, lines), tmp_path / "out", shard_size=2)
+    returned = prep.prepare(folder(tmp_path / "in", images, lines), tmp_path / "out", shard_size=2, eval_share=0)
     index = json.loads((tmp_path / "out" / "index.json").read_text())
-    assert index == returned and index["count"] == 5 and index["format"] == 1 and index["latent"] is None
-    assert index["captions"] == ["long"] and index["buckets"] == [[32, 32]] and index["skipped"] == {"bad metadata": 1}
+    assert index == returned and index["format"] == 2 and (index["count"], index["eval_count"]) == (5, 0)
+    assert index["image"] == "raw" and index["latent"] is index["text"] is None
+    assert index["captions"] == ["long"] and index["skipped"] == {"bad metadata": 1}
     assert index["text_cleaning"] == "diffusers.PRXPipeline.clean_text" and str(tmp_path) not in json.dumps(index)
-    order = []
+    order, hashes = [], []
     for shard in index["shards"]:
         file = tmp_path / "out" / shard["file"]
         assert shard["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert (shard["split"], shard["resolution"], shard["skip"]) == ("train", 32, [])
         content = load_file(file)
         assert content["image"].shape == (shard["count"], 3, shard["height"], shard["width"])
-        hashes = [hashlib.sha256(image.tobytes()).digest()[:16] for image in content["image"]]
-        assert hashes == [row.tobytes() for row in content["hash"]]
+        hashes += [row.tobytes() for row in content["hash"]]
         order += texts(content, "long")
     assert order == [f"image {i}" for i in range(5)]  # the order of the source
+    assert hashes == [hashlib.sha256(data).digest()[:16] for data in images.values()]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "index.json", "report.json", "train-00000.safetensors", "train-00001.safetensors", "train-00002.safetensors"]
+        "contact_sheet.png", "index.json", "report.json", *(f"train-{i:05d}.safetensors" for i in range(3))]
+    assert Image.open(tmp_path / "out" / "contact_sheet.png").size[0] > 500
 
 
-def test_short_captions_are_dropped_from_all_shards_unless_every_sample_has_one(tmp_path, capsys):
+def test_the_index_has_short_captions_only_if_every_sample_has_one(tmp_path, capsys):
     images = {f"{i}.png": encode(picture(i)) for i in range(4)}
     lines = [{"file_name": f"{i}.png", "text": "long", "text_short": "short" if i < 3 else ""} for i in range(4)]
     index = prep.prepare(folder(tmp_path / "in", images, lines), tmp_path / "out", shard_size=1)
-    assert index["captions"] == ["long"] and "1 of 4 kept samples have no text_short" in capsys.readouterr().out
-    for shard in index["shards"]:
-        file = tmp_path / "out" / shard["file"]
-        assert set(load_file(file)) == {"image", "hash", "caption.long", "caption.long.offset"}
-        assert shard["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert index["captions"] == ["long"] and "1 of 4 kept samples have no short caption" in capsys.readouterr().out
+    assert "caption.short" not in load_file(tmp_path / "out" / index["shards"][-1]["file"])
 
 
 def test_the_last_line_is_the_next_command_and_limit_stops_early(tmp_path, capsys):
     images = {f"{i}.png": encode(picture(i)) for i in range(4)}
     source = folder(tmp_path / "in", images, [{"file_name": name, "text": "x"} for name in images])
-    assert prep.prepare(source, tmp_path / "out", limit=2)["count"] == 2
+    assert prep.prepare(source, tmp_path / "out", limit=2, eval_share=0)["count"] == 2
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-2].startswith("kept 2 of 2 images, 1 shards, 0.0 MB")
-    assert printed[-1] == f"python train_prx.py --track micro --data {tmp_path / 'out'}"
+    assert printed[-2].startswith("kept 2 of 2 images, 2 samples for training and 0 for evaluation, 1 shards, 0.0 MB")
+    assert printed[-1] == f"python train_prx.py --track micro --data {tmp_path / 'out'} --resolution 32"
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_absurd_sizes_are_refused_from_the_header(tmp_path, monkeypatch, width, 
 
 
 def test_oversized_files_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(prep, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(prep.sources, "MAX_BYTES", 10_000)
     assert beside_a_good_one(tmp_path, bytes(10_001)) == {"too many bytes": ["bad.jpg"]}
     members = [("a.jpg", bytes(10_001)), ("a.txt", b"a"), ("b.png", encode(picture())), ("b.txt", b"b")]
     prep.prepare(tar(tmp_path / "a.tar", members), tmp_path / "tar_out")
@@ -293,7 +293,7 @@ def test_file_names_that_leave_the_folder_or_lead_nowhere_are_skipped(tmp_path):
     assert prep.prepare(source, tmp_path / "out")["count"] == 1
     assert skipped(tmp_path / "out") == {
         "outside the folder": ["../secret.png", str(tmp_path / "secret.png"), "link.png"],
-        "missing file": ["gone.png", "a", "loop.png", "nul\0.png", "n" * 5000],
+        "missing file": ["gone.png", "a", "loop.png", "nul\0.png", "n" * 200],  # the report cuts long names
         "bad metadata": [f"metadata.jsonl:{i}" for i in (10, 11, 12, 13)]}
 
 
@@ -382,6 +382,18 @@ def test_unusable_arguments_are_refused_by_name(tmp_path):
             (tmp_path / "file", {}, "file has nothing to read"),
             ([good, tmp_path / "empty"], {}, "empty has nothing to read"),
             (good, {"size": 0}, "--size is 0"),
+            (good, {"size": "32,x"}, "--size is 32,x"),
+            (good, {"size": "36", "crop": "buckets"}, "--size 36 .* multiple of 8"),
+            (good, {"crop": "middle"}, "--crop middle"),
+            (good, {"filter": "nearest"}, "--filter nearest"),
+            (good, {"store": "image,pixels"}, "pixels is unknown"),
+            (good, {"store": "image,jpeg"}, "keeps images twice"),
+            (good, {"store": "text"}, "keeps no images"),
+            (good, {"eval_share": 1.0}, "--eval-share is 1.0"),
+            (good, {"eval_share": 0.9999999999}, "all 1 usable images fall to the evaluation set"),
+            (good, {"workers": -1}, "--workers is -1"),
+            (str(tmp_path / "*.jpg"), {}, "does not exist"),
+            (good, {"store": "latent", "vae": str(tmp_path / "empty")}, "--vae .*empty cannot be loaded"),
             (good, {"limit": 0}, "--limit is 0"),
             (good, {"out": tmp_path / "file"}, "file is a file"),
             (tmp_path / "none.tar", {}, "none.tar: no usable image; .* found none")]:
@@ -402,11 +414,12 @@ def test_overwrite_is_needed_and_replaces_everything(tmp_path):
         prep.prepare(source, out, size=64, overwrite=True)
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
     prep.prepare(source, out, overwrite=True)
-    assert sorted(p.name for p in out.iterdir()) == ["index.json", "report.json", "train-00000.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == ["contact_sheet.png", "index.json", "report.json",
+                                                     "train-00000.safetensors"]
 
 
 @pytest.mark.parametrize("fails", ["save_file", "os.replace"])
-def test_a_failed_run_leaves_no_index_and_no_partial_files(tmp_path, monkeypatch, fails):
+def test_a_failed_run_leaves_no_index_and_the_next_one_goes_on(tmp_path, monkeypatch, fails):
     images = {f"{i}.png": encode(picture(i)) for i in range(3)}
     source = folder(tmp_path / "in", images, [{"file_name": name, "text": "x"} for name in images])
     calls, target = [], prep.os if fails == "os.replace" else prep
@@ -421,14 +434,15 @@ def test_a_failed_run_leaves_no_index_and_no_partial_files(tmp_path, monkeypatch
     monkeypatch.setattr(target, fails.split(".")[-1], fail_at_the_second)
     with pytest.raises(OSError, match="No space"):
         prep.prepare(source, tmp_path / "out", shard_size=1)
-    left = {p.name for p in (tmp_path / "out").iterdir()}
-    assert left <= {"train-00000.safetensors"}
-    assert prep.prepare(source, tmp_path / "out", shard_size=2)["count"] == 3  # and the next run needs no flag
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".prepare"]
+    monkeypatch.undo()
+    assert prep.prepare(source, tmp_path / "out", shard_size=1)["count"] == 3  # and it needs no flag
+    assert not (tmp_path / "out" / ".prepare").exists()
 
 
 def test_the_index_is_moved_into_place_last(tmp_path, monkeypatch):
     moved, replace = [], os.replace
     monkeypatch.setattr(prep.os, "replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
     source = tar(tmp_path / "a.tar", [("a.png", encode(picture())), ("a.txt", b"a")])
-    prep.prepare(source, tmp_path / "out")
-    assert moved == ["train-00000.safetensors", "report.json", "index.json"]
+    prep.prepare(source, tmp_path / "out", eval_share=0)
+    assert moved[-5:] == ["train-00000.safetensors", "contact_sheet.png", "report.json", "index.json", "trash"]

@@ -5,19 +5,20 @@ import pytest
 import torch
 
 import train_prx as T
+from data.encoders import TextEncoder
 from data import scenes as S
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return T.TextEncoder("tiny")
+    return TextEncoder("tiny")
 
 
 def test_padding_changes_nothing_and_is_masked(tiny):
     short, long = "a red ring.", "a small red ring in the top left and a large blue cross in the bottom right."
     alone, mask = tiny.encode([short])
     n = int(mask.sum())
-    padded, padded_mask = T.TextEncoder("tiny", max_tokens=80, pad=40).encode([short, long])
+    padded, padded_mask = TextEncoder("tiny", max_tokens=80, pad=40).encode([short, long])
     assert padded.shape[1] == 40 and padded_mask[0].sum() == n
     assert torch.allclose(alone[0, :n], padded[0, :n], atol=1e-5)
 
@@ -62,5 +63,5 @@ def test_other_encoder_families_load_the_same_way(tmp_path, tiny):
     for name, model in (("t5", T5EncoderModel(t5)), ("bert", BertModel(bert))):
         model.save_pretrained(tmp_path / name)
         tiny.tokenizer.save_pretrained(tmp_path / name)
-        states, mask = T.TextEncoder(str(tmp_path / name)).encode(["a red ring", "a blue cross and a ring"])
+        states, mask = TextEncoder(str(tmp_path / name)).encode(["a red ring", "a blue cross and a ring"])
         assert states.shape[-1] == 16 and states.shape[:2] == mask.shape
