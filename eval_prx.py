@@ -365,6 +365,8 @@ def export(run: Path, out: Path):
     if config["vae"] == "none" or config["predict"] != "v":
         raise UserError(f"{run} has --vae {config['vae']} --predict {config['predict']}, and PRXPipeline paints in "
                         "latents with v; its transformer/ folder can be used by itself")
+    if "span" in json.loads((run / "transformer/config.json").read_text()):
+        raise UserError(f"{run} was trained with --sprint or a learned scorer, which diffusers' model does not have")
     import diffusers
 
     vae = VAE(config["vae"]).model

@@ -179,7 +179,8 @@ TRACKS = {
                      checkpoint_minutes=2), [Stage()]),
 }
 
-BASELINE = dict(optimizer="adamw", lr=1e-4, eps=1e-15, weight_decay=0.0, warmup=0.01, decay_from=1.0, clip=0.2, ema=0.0)
+BASELINE = dict(optimizer="adamw", lr=1e-4, eps=1e-15, weight_decay=0.0, warmup=0.01, decay_from=1.0, clip=0.2, ema=0.0,
+                repa=0.0, tread=0.0)
 RECIPES = {"default": {}, "baseline": BASELINE, "tuned-baseline": BASELINE | dict(lr=2e-3)}
 
 KNOB = re.compile(r"^    (\w+): (?:str|int|float|bool) = .+?  # (.+)$", re.M)  # the comments above are the help texts
@@ -801,7 +802,10 @@ class Teacher:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         try:
             folder = TEACHERS.get(name, name)
-            self.model = transformers.AutoModel.from_pretrained(folder, use_safetensors=True, dtype=dtype)
+            self.model, report = transformers.AutoModel.from_pretrained(folder, use_safetensors=True, dtype=dtype,
+                                                                        output_loading_info=True)
+            if report["missing_keys"]:  # they would be drawn at random
+                raise ValueError(f"it lacks weights such as {sorted(report['missing_keys'])[0]}")
             self.patch, self.width = self.model.config.patch_size, self.model.config.hidden_size
         except (OSError, ValueError, AttributeError) as error:
             raise unavailable(knob, name, error, f"use --{knob} tiny (trained on scenes)") from None
@@ -1552,7 +1556,8 @@ def train(config: Config, stages: list[Stage]) -> int:
         from records import figures
         figures.plot_curve(run)
     log(f"wrote {run}/transformer, {run}/samples/final.png and {run}/curve.png"
-        + f"; next: python eval_prx.py {run}" * (config.data == "scenes"))
+        + f"; next: python eval_prx.py {run}" * (config.data == "scenes")
+        + "; its fuse or scorer is not in diffusers' model, which cannot load it" * ("span" in model.config))
     world.barrier()
     return 0
 

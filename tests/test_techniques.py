@@ -366,10 +366,37 @@ def test_routing_and_alignment_compile(in_tmp, teachers):
     torch.compiler.reset()
 
 
-def test_a_sprint_or_a_scored_model_loads_again_and_says_that_it_is_not_diffusers(in_tmp):
+def test_a_sprint_model_loads_again_and_says_that_it_is_not_diffusers(in_tmp, capsys):
     run("--sprint", 0.75, "--steps", 2, "--name", "r")
     model = T.load_transformer("logs/r/transformer")
     assert model.config["sprint"] and model.span == [1, 2]
+    assert "is not in diffusers' model" in capsys.readouterr().out
+    config = Path("logs/r/config.json")
+    config.write_text(config.read_text().replace('"vae": "none"', '"vae": "flux"').replace('"predict": "x"', '"predict": "v"'))
+    import eval_prx
+    assert eval_prx.main(["export", "logs/r", "--out", "p"]) == 2
+    assert "--sprint or a learned scorer" in capsys.readouterr().err
+
+
+def test_a_run_with_tread_is_sampled_with_self_guidance(in_tmp, capsys):
+    import eval_prx
+
+    run("--tread", 0.5, "--steps", 2, "--name", "r")
+    run("--steps", 2, "--name", "plain")
+    flags = ["--n", "8", "--steps", "2", "--inception", "none", "--clip", "none", "--dino", "none", "--guidance", "self"]
+    assert eval_prx.main(["logs/r", *flags]) == 0
+    assert json.loads(Path("logs/r/metrics.json").read_text())["protocol"]["guidance"] == "self"
+    assert eval_prx.main(["logs/plain", *flags]) == 2
+    assert "was not trained with --tread" in capsys.readouterr().err
+
+
+def test_a_teacher_that_lacks_weights_is_refused(teachers, tmp_path):
+    shutil.copytree(teachers / "dinov3", tmp_path / "t")
+    tensors = T.load_file(tmp_path / "t/model.safetensors")
+    del tensors["norm.weight"]
+    T.save_file(tensors, tmp_path / "t/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(T.UserError, match="it lacks weights such as norm.weight"):
+        T.Teacher("repa-teacher", str(tmp_path / "t"))
 
 
 @pytest.mark.parametrize("flags, says", [
