@@ -68,6 +68,7 @@ class Config:
     steps: int = 0  # length in steps, reproducible to the bit; 0: the length is given in hours
     hours: float = 24.0  # length in wall-clock hours from process start to final weights on disk; 0: given in steps
     stages: str = "all"  # all | show (print the plan) | some of the track's, 256px,sft | px:share, 64:0.7,128:0.3
+    mfu: float = 0.6  # what --stages show assumes of the GPUs: the goal for 128 images of 256 px, not a measurement
     init: str = ""  # start from the weights of a PRX in diffusers format: a folder or owner/name, published or ours
     dry_run: bool = False  # check weights, licences, data, disk and memory, list what is wrong, and stop
     resume: str = "auto"  # auto (newest complete checkpoint of this run) | never (start again) | a run's folder
@@ -1135,6 +1136,8 @@ def write_atomically(path: Path, write):
     """`write(temporary path)`, flushed to disk, then renamed: a file with this name is always whole."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
+    os.umask(mask := os.umask(0))
+    temporary.chmod(0o666 & ~mask)  # safetensors makes files that nobody but their owner can read
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -1278,7 +1281,7 @@ def find_run(config: Config, plan: list[dict]) -> tuple[Path, Path | None, list[
         raise UserError(f"{source}/config.json cannot be read ({error}), so it is unknown what its checkpoints belong "
                         "to; choose another --name") from None
     free = set("resume stop_after name samples checkpoint_minutes compile dry_run verify_data init "
-               "loader_threads".split())
+               "loader_threads mfu".split())
     differ = [f"{flag(k)} was {then.get(k)}, now {v}" for k, v in dataclasses.asdict(config).items()
               if k not in free and then.get(k) != v]
     differ += [f"its stages were {then.get('plan')}, now {plan}"] * (not differ and then.get("plan") != plan)

@@ -19,7 +19,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_prx import PEAK_FLOPS, PRX, TEXTS, flops_per_image, parse_args, span, stage_config  # noqa: E402
 
-MFU = 0.6  # share of PEAK_FLOPS that the plan assumes: the goal for 128 images of 256 px per H200, not a measurement
 EPOCHS = 4  # the plan warns beyond. A guess: repeats cost language models little up to there (arXiv 2305.16264)
 KEPT = 2 + 1  # checkpoints on disk: the last two, and the one being written
 CUDA = 2e9, 0.1  # bytes of the CUDA context and libraries, and the share lost to fragmentation: guesses
@@ -162,8 +161,8 @@ def report(config, stages, outlines: list[Outline], ranks: int, gpu: bool, warni
     title = (f"{config.name}: PRX with {o.parameters / 1e6:,.1f} M parameters on {ranks} {'GPU' if gpu else 'CPU'} "
              f"rank{'s' * (ranks > 1)} ({named})")
     lines = ["tokens, text: of the largest image and the longest text; TFLOP: per image, teachers included",
-             f"images/s: of all GPUs at {MFU:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s each, the goal on an H200 and not "
-             "a measurement" if gpu else "images/s: unknown on a CPU, and so is what has a ?"]
+             f"images/s: of all GPUs at {config.mfu:.0%} (--mfu) of {PEAK_FLOPS / 1e12:.0f} TFLOP/s each; the default is "
+             "the goal on an H200, not a measurement" if gpu else "images/s: unknown on a CPU, and so is what has a ?"]
     lines += [f"data of {stage.name}: {o.data.about}" for stage, o in zip(stages, outlines) if o.data]
     lines += [f"memory: about {o.need(ranks) / 1e9:.0f} GB per GPU by estimate, most at {o.c.resolution} px: "
               f"{describe(o.memory(ranks))}"] * gpu
@@ -177,7 +176,7 @@ def report(config, stages, outlines: list[Outline], ranks: int, gpu: bool, warni
 def stage_row(o: Outline, share: float, ranks: int, gpu: bool) -> tuple[dict, float]:
     """What the plan's table says of a stage, and how often its data is seen (0 if endless or unknown)."""
     c, flops = o.c, o.flops()
-    rate = MFU * PEAK_FLOPS * ranks / flops if gpu else None  # images per second
+    rate = c.mfu * PEAK_FLOPS * ranks / flops if gpu else None  # images per second
     samples = c.steps * share * c.batch if c.steps else rate and c.hours * 3600 * share * rate
     seconds = (rate and samples / rate) if c.steps else c.hours * 3600 * share
     seen = repeats(o.data, samples) if samples else 0
