@@ -14,7 +14,10 @@ Model: PRX, Photoroom 2026, as in diffusers' `PRXTransformer2DModel`.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import datetime
+import fcntl
 import hashlib
 import importlib
 import json
@@ -54,7 +57,7 @@ class TrainingFailed(Exception):
 
 
 # =====================================================================================================================
-# 2. Configuration: every knob, once, with its evidence. `--help` and the flags are made from this text.
+# 2. Configuration: every knob, once, with its evidence. data/settings.py makes `--help` and the flags from this text.
 # =====================================================================================================================
 # "PRX part 2" is Photoroom's ablation study (FLUX VAE, 256 px, 100k steps). "micro" figures are in the README's table.
 
@@ -121,23 +124,28 @@ class Config:
     decay_from: float = 0.7  # linear decay to zero from this share of the run; 1: constant, as part 2
     momentum: float = 0.95  # Muon's, Nesterov
     ns_steps: int = 5  # Newton-Schulz iterations
+    ns: str = "classic"  # classic | polar: their coefficients, Keller Jordan's or Polar Express (arXiv 2505.16932)
+    split_qkv: bool = False  # orthogonalise Q, K and V apart (and the text's K and V), not as one matrix
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     eps: float = 1e-8  # AdamW; 1e-15 in part 2's baseline
     weight_decay: float = 0.0  # decoupled, of everything; part 2
+    skip_spikes: float = 0.0  # skip steps whose gradient is this many times its running mean norm; 0: never
     clip: float = 1.0  # largest norm of the gradient over all parameters; 0.2 in part 2's baseline
     ema: float = 0.999  # decay per step of the weights' moving average, in FP32, of the masters; 0: off
     ema_every: int = 10  # steps between its updates
     # precision and speed
     weights: str = "fp32"  # fp32 | bf16: what masters are stored in. FID 18.20 -> 21.87 in BF16: an ablation, part 2
     compute: str = "auto"  # auto | bf16 | fp32, of matmuls; masters stay FP32. FID 18.20, 21.87 otherwise, part 2
+    deterministic: bool = False  # bit-identical runs on CUDA, too; slower there (not measured). CPUs always are
     compile: str = "auto"  # auto | on | off: torch.compile of the blocks; auto: where it pays back within the run
     # output
     sample_steps: int = 25  # Euler steps of the sample grids
     guidance: str = "cfg"  # cfg | self (full against routed tokens, with TREAD: no unconditional pass)
     cfg_scale: float = 3.0  # its scale in the sample grids
     samples: int = 4  # sample grids over the run, on the clock; 0: only the one after the end, off the clock
-    checkpoint_minutes: float = 30.0  # between checkpoints; the last two are kept
+    checkpoint_minutes: float = 30.0  # between checkpoints, written in the background; the last two are kept
+    milestone_hours: float = 0.0  # a checkpoint every so many hours is kept for good; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +192,6 @@ BASELINE = dict(optimizer="adamw", lr=1e-4, eps=1e-15, weight_decay=0.0, warmup=
                 repa=0.0, tread=0.0)
 RECIPES = {"default": {}, "baseline": BASELINE, "tuned-baseline": BASELINE | dict(lr=2e-3)}
 
-KNOB = re.compile(r"^    (\w+): (?:str|int|float|bool) = .+?  # (.+)$", re.M)  # the comments above are the help texts
-HELP = dict(KNOB.findall(SOURCE.split("class Config:")[1].split("class Stage:")[0]))
-
-
 def flag(knob: str) -> str:
     return "--" + knob.replace("_", "-")
 
@@ -195,65 +199,6 @@ def flag(knob: str) -> str:
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
-
-
-def parse_args(argv=None) -> tuple[Config, list[Stage]]:
-    """The track's settings, then the recipe's, then the flags. UserError on anything unknown or contradictory."""
-    parser = Parser(description="Train PRX. Defaults are those of the 24h track.", allow_abbrev=False)
-    for field in dataclasses.fields(Config):
-        kind = dict(action="store_true") if field.type is bool else dict(type=field.type)
-        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, **kind,
-                            help=f"{HELP[field.name]} [{field.default}]".replace("%", "%%"))
-    flags = vars(parser.parse_args(argv))
-    for knob, table in (("track", TRACKS), ("recipe", RECIPES)):
-        if flags.get(knob, Config.__dict__[knob]) not in table:
-            raise UserError(f"--{knob} {flags[knob]} is unknown; use one of {', '.join(table)}")
-    config, stages = TRACKS[flags.get("track", "24h")]
-    if flags.get("steps") and flags.get("hours"):
-        raise UserError("--steps and --hours both give the length of the run; give one of them")
-    if flags.get("steps"):
-        flags["hours"] = 0.0
-    now, then = (SPACES.get(vae, LATENTS) for vae in (flags.get("vae", config.vae), config.vae))
-    overlay = {k: v for k, v in now.items() if v != then[k]} | RECIPES[flags.get("recipe", "default")] | flags
-    config = dataclasses.replace(config, **overlay)
-    if not config.name:
-        parts = [config.track] + [config.recipe] * (config.recipe != "default")
-        if config.data and config.data != TRACKS[config.track][0].data:
-            parts += [re.sub(r"[^\w.-]", "_", Path(path).resolve().name) for path, _ in data_folders(config.data)]
-        config = dataclasses.replace(config, name="-".join(parts))
-    return config, choose_stages(config, stages, overlay)
-
-
-def data_folders(data: str) -> list[tuple[str, float]]:
-    """A:0.7,B:0.3 -> [("A", 0.7), ("B", 0.3)]; without a weight it is 1."""
-    parts = [re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", part) for part in data.split(",")]
-    if not all(parts) or any(p[2] and float(p[2]) == 0 for p in parts):
-        raise UserError(f"--data {data} is not a list of folders with positive weights such as A or A:0.7,B:0.3")
-    return [(p[1], float(p[2] or 1)) for p in parts]
-
-
-def choose_stages(config: Config, stages: list[Stage], overlay: dict) -> list[Stage]:
-    """The stages that --stages names, with what flags, recipe and latent space set taken out of their knobs."""
-    from data.check_config import check_config
-
-    if not config.sft_data:
-        stages = [s for s in stages if s.name != "sft"]
-    if re.fullmatch(r"(\d+:\d*\.?\d+,?)+", config.stages):
-        track = {s.name: s.knobs for s in stages}
-        parts = [part.split(":") for part in config.stages.strip(",").split(",")]
-        stages = [Stage(f"{px}px", float(share), track.get(f"{px}px", {}) | dict(resolution=int(px)))
-                  for px, share in parts]
-    elif config.stages not in ("all", "show"):
-        names = config.stages.split(",")
-        if unknown := set(names) - {s.name for s in stages}:
-            raise UserError(f"--stages {','.join(sorted(unknown))} is unknown; this run has "
-                            f"{','.join(s.name for s in stages)} (sft needs --sft-data), all or show")
-        stages = [s for s in stages if s.name in names]
-    stages = [Stage(s.name, s.share, {k: v for k, v in s.knobs.items() if k not in overlay}
-                    | (dict(data=config.sft_data) if s.name == "sft" else {})) for s in stages]
-    for stage in stages:
-        check_config(dataclasses.replace(config, **stage.knobs))
-    return stages
 
 
 def span(c: Config) -> tuple[int, int]:
@@ -267,12 +212,16 @@ def span(c: Config) -> tuple[int, int]:
 
 @dataclasses.dataclass
 class World:
-    """This process among its peers. `control` is a gloo group for decisions on the CPU (None for one rank)."""
+    """This process among its peers. `control` and `files` are gloo groups (None for one rank): for decisions on the
+    CPU, and for the thread that writes checkpoints."""
+
+    TIMEOUT = datetime.timedelta(minutes=10)
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
     control: object = None
+    files: object = None
 
     def barrier(self):
         if self.control is not None:
@@ -283,7 +232,15 @@ class World:
         if self.control is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        try:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        except RuntimeError as error:
+            try:  # says which ranks are missing
+                dist.monitored_barrier(self.control, datetime.timedelta(seconds=5), wait_all_ranks=True)
+            except RuntimeError as who:
+                error = who
+            raise TrainingFailed(f"rank {self.rank} has lost its peers ({str(error).splitlines()[0]}); nothing is "
+                                 "written, the last checkpoint stands: the same command goes on from it") from None
         return tensor.tolist()
 
 
@@ -300,12 +257,14 @@ def setup_world() -> World:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return World(device=device)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **(dict(device_id=device) if cuda else {}))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=World.TIMEOUT,
+                                **(dict(device_id=device) if cuda else {}))
     except (RuntimeError, ValueError) as error:  # the port is taken, a host is not there, a variable is missing
         raise UserError(f"the {os.environ['WORLD_SIZE']} ranks cannot meet at {os.environ.get('MASTER_ADDR')}:"
                         f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]}); start them with torchrun "
                         "--standalone, or give it another --master_port") from None
-    return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+    groups = [dist.new_group(backend="gloo", timeout=World.TIMEOUT) for _ in range(2)]
+    return World(dist.get_rank(), dist.get_world_size(), device, *groups)
 
 
 def process_age() -> float:
@@ -340,8 +299,9 @@ class Log:
 
     def __call__(self, line: str, show: bool = True):
         if self.on:
-            self.text.write(line + "\n")
-            self.text.flush()
+            with contextlib.suppress(OSError):  # a full disk ends no run
+                self.text.write(line + "\n")
+                self.text.flush()
             if show:
                 print("\r\033[K" * self.live + line, flush=True)
 
@@ -350,8 +310,9 @@ class Log:
         finite = lambda x: x if not isinstance(x, float) or math.isfinite(x) else None
         if self.on:
             record = {k: [finite(x) for x in v] if isinstance(v, list) else finite(v) for k, v in record.items()}
-            self.metrics.write(json.dumps(record | {"time": time.time()}) + "\n")
-            self.metrics.flush()
+            with contextlib.suppress(OSError):
+                self.metrics.write(json.dumps(record | {"time": time.time()}) + "\n")
+                self.metrics.flush()
 
     def progress(self, line: str, new_line: bool):
         """A live line on a terminal; elsewhere a printed line now and then."""
@@ -838,15 +799,24 @@ def pad_text(states: list[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.
 # 7. Optimizer: Muon for the blocks' matrices, AdamW for the rest, one class for 1 to N ranks.
 # =====================================================================================================================
 
-def orthogonalize(G: torch.Tensor, steps: int = 5, coefficients=(3.4445, -4.7750, 2.0315)) -> torch.Tensor:
+CLASSIC = [(3.4445, -4.7750, 2.0315)]  # Keller Jordan's quintic, the same at every step
+POLAR = [(8.28721201814563, -23.595886519098837, 17.300387312530933),  # Polar Express: the best quintic for each step
+         (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+         (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+         (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+         (2.300652019954817, -1.6689039845747493, 0.4188073119525673)]
+
+
+def orthogonalize(G: torch.Tensor, steps: int = 5, coefficients=CLASSIC) -> torch.Tensor:
     """Newton-Schulz: push all singular values of each matrix towards 1. G (K, rows, columns), in G's dtype.
 
-    From Keller Jordan's Muon; the quintic's coefficients are his. Same-shaped matrices go in one batched product.
+    From Keller Jordan's Muon. Same-shaped matrices go in one batched product.
     """
-    a, b, c = coefficients
+    margin = 1.01 if coefficients is POLAR else 1.0  # its first steps must not see a singular value above 1
     X = G.mT if G.shape[1] > G.shape[2] else G
-    X = X / X.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
-    for _ in range(steps):
+    X = X / (X.flatten(1).norm(dim=1) * margin).clamp(min=1e-7)[:, None, None]
+    for step in range(steps):
+        a, b, c = coefficients[min(step, len(coefficients) - 1)]
         A = X @ X.mT                                  # (K, n, n), n the smaller side
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)   # b A + c A^2
         X = torch.baddbmm(X, B, X, beta=a)            # a X + (b A + c A^2) X
@@ -880,19 +850,22 @@ class MuonAdamW:
             load[rank] += cost[name]
             owned[rank].append(name)
         shape = {n: tuple(p.shape) for n, p in self.params.items()}
-        order = lambda n: (not self.is_muon[n], shape[n] if self.is_muon[n] else (), n)
+        order = lambda n: (not self.is_muon[n], len(shape[n]) < 2, shape[n] if self.is_muon[n] else (), n)
         self.layout = [sorted(names, key=order) for names in owned]
         twice = [n for n in self.params if sum(names.count(n) for names in self.layout) != 1]
         assert not twice, f"every parameter must be owned by exactly one rank, unlike {twice}"
         self.size = max(sum(self.params[n].numel() for n in names) for names in self.layout)
+        matrices = [sum(self.params[n].numel() for n in names if len(shape[n]) > 1) for names in self.layout]
+        self.matrices = max(matrices), min(matrices)  # the flat vectors' ends up to which some, all ranks have matrices
         device = next(iter(self.params.values())).device
         zeros = lambda *s: torch.zeros(*s, dtype=torch.float32, device=device)
         # Stacks of owned matrices: first element, one past the last, shape (K, rows, columns)
         self.stacks, end = [], 0
-        mine = [shape[n] for n in self.layout[world.rank] if self.is_muon[n]]
-        for rows, columns in dict.fromkeys(mine):
-            k = mine.count((rows, columns))
-            self.stacks.append((end, end + k * rows * columns, (k, rows, columns)))
+        parts = {"img_qkv_proj": 3, "txt_kv_proj": 2} if config.split_qkv else {}
+        mine = [(shape[n], parts.get(n.split(".")[-2], 1)) for n in self.layout[world.rank] if self.is_muon[n]]
+        for (rows, columns), cut in dict.fromkeys(mine):
+            k = mine.count(((rows, columns), cut))
+            self.stacks.append((end, end + k * rows * columns, (k * cut, rows // cut, columns)))
             end += k * rows * columns
         self.split = end  # Muon's part of the flat vector ends here, AdamW's begins
         self.grads, self.master = zeros(world.size, self.size), zeros(self.size)
@@ -904,7 +877,8 @@ class MuonAdamW:
         self.ema = self.master.clone() if config.ema else self.master
         self.grad_views = {n: v for rank, row in enumerate(self.grads) for n, v in self.views(row, rank).items()}
         self.steps, self.ema_steps, self.filled = 0, 0, False
-        self.skipped, self.skipped_in_a_row = zeros(()), zeros(())  # steps with a non-finite gradient
+        self.skipped, self.skipped_in_a_row = zeros(()), zeros(())  # steps with a non-finite gradient, or a spike
+        self.typical = zeros(())  # running mean of the gradient's norm
         self.lost = zeros(())  # share of the last step's updates that BF16 storage rounded away, where weights are BF16
         self.publish()
 
@@ -918,18 +892,27 @@ class MuonAdamW:
             start = end
         return out
 
-    def all_ranks(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The flat vectors of all ranks as views by parameter name. Every rank must call."""
+    def all_ranks(self, flat: torch.Tensor, offset: int = 0) -> dict[str, torch.Tensor]:
+        """The flat vectors of all ranks, from `offset` on, as views by parameter name. Every rank must call."""
         if self.world.size == 1:
-            return self.views(flat)
-        rows = torch.empty(self.world.size, self.size, dtype=flat.dtype, device=flat.device)
+            return self.views(flat, offset=offset)
+        rows = torch.empty(self.world.size, len(flat), dtype=flat.dtype, device=flat.device)
         all_gather(rows.view(-1), flat)
-        return {n: v for rank, row in enumerate(rows) for n, v in self.views(row, rank).items()}
+        return {n: v for rank, row in enumerate(rows) for n, v in self.views(row, rank, offset).items()}
 
     @torch.no_grad()
     def publish(self, flat: torch.Tensor | None = None):
-        """Give the model the masters, or another flat vector such as `ema`, in the model's dtypes, on all ranks."""
-        for name, view in self.all_ranks(self.master if flat is None else flat).items():
+        """Give the model the masters, or another flat vector such as `ema`, in the model's dtypes, on all ranks: matrices
+        travel in the compute dtype, the rest in FP32."""
+        flat = self.master if flat is None else flat
+        dtype = next((p.dtype for p in self.params.values() if p.ndim > 1), torch.float32)
+        if dtype == torch.float32 or self.world.size == 1:
+            views = self.all_ranks(flat)
+        else:
+            most, least = self.matrices
+            views = self.all_ranks(flat[least:].contiguous(), least) | {
+                n: v for n, v in self.all_ranks(flat[:most].to(dtype)).items() if self.params[n].ndim > 1}
+        for name, view in views.items():
             p = self.params[name]
             if p.dtype == torch.float32 and self.world.size == 1:
                 p.data = view  # no copy: the model's weight is the master
@@ -970,6 +953,10 @@ class MuonAdamW:
             dist.all_reduce(square)
         norm = square.sqrt()
         good = norm.isfinite()
+        if c.skip_spikes:
+            good &= (norm <= c.skip_spikes * self.typical) | (self.typical == 0)
+        mean = torch.where(self.typical == 0, norm, self.typical.lerp(norm, 0.02))
+        self.typical = torch.where(good, mean, self.typical)
         self.skipped += ~good
         self.skipped_in_a_row = torch.where(good & (self.skipped_in_a_row < 10), 0.0, self.skipped_in_a_row + 1)
         scale = (c.clip / (norm + 1e-6)).clamp(max=1.0) if c.clip else 1.0
@@ -981,7 +968,8 @@ class MuonAdamW:
             w, g, m = (flat[start:end].view(shape) for flat in (self.master, grad, self.momentum))
             m.lerp_(g, 1 - c.momentum)
             dtype = self.params[self.layout[self.world.rank][0]].dtype
-            update = orthogonalize(g.lerp(m, c.momentum).to(dtype), c.ns_steps).float()
+            update = orthogonalize(g.lerp(m, c.momentum).to(dtype), c.ns_steps, POLAR if c.ns == "polar" else CLASSIC)
+            update = update.float()
             w.mul_(1 - rate * (c.lr * c.weight_decay))
             w.sub_(update * (rate * (c.lr * 0.2 * max(shape[1:]) ** 0.5)))  # AdamW's rate fits: arXiv 2502.16982
 
@@ -1180,34 +1168,87 @@ def load_transformer(source, device="cpu") -> PRX:
     return model.to(device)
 
 
-def save_checkpoint(run: Path, optimizers: dict[str, MuonAdamW], state: dict, world: World, keep: int = 2):
+class Checkpoints:
     """checkpoint/step-N/: one safetensors file per rank with what it owns, by parameter name after its optimizer's
-    prefix, and state.json.
+    prefix, and state.json with their sha256.
 
-    Written to a temporary name, flushed, renamed when all ranks are done; the last `keep` stay. No pickle, and no RNG
-    state: every draw is a function of (seed, step), and the data position is the number of batches drawn.
+    A thread writes them from a snapshot: to a temporary name, flushed, renamed when all ranks are done; the last two
+    stay, and milestones. Where a rank cannot write (a full disk), all drop this one and training goes on. No pickle,
+    and no RNG state: every draw is a function of (seed, step), and the data position is the number of batches drawn.
     """
-    final = run / "checkpoint" / f"step-{state['step']:08d}"
-    temporary = final.with_name(final.name + ".tmp")
-    if final.exists() and find_checkpoint(run)[0] == final:  # this step is on disk already
-        return
-    if world.rank == 0:
-        for left_over in (run / "checkpoint").glob("step-*.tmp"):
-            shutil.rmtree(left_over)
-        temporary.mkdir(parents=True)
-    world.barrier()
-    tensors = {prefix + k: v.detach().to("cpu", copy=True).contiguous()
-               for prefix, optimizer in optimizers.items() for k, v in optimizer.state_dict().items()}
-    write_atomically(temporary / f"rank-{world.rank}.safetensors", lambda p: save_file(tensors, p))
-    world.barrier()
-    if world.rank == 0:
-        state = state | {"ranks": world.size, "optimizer_steps": optimizers[""].steps}
-        write_atomically(temporary / "state.json", lambda p: p.write_text(json.dumps(state, indent=2) + "\n"))
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        for old in [p for p in sorted((run / "checkpoint").glob("step-????????")) if p <= final][:-keep]:
-            shutil.rmtree(old)
-    world.barrier()
+
+    def __init__(self, run: Path, world: World, log: Log, milestone_hours: float = 0.0):
+        self.folder, self.world, self.log, self.every = run / "checkpoint", world, log, milestone_hours * 3600
+        self.thread, self.last, self.written, self.snapshot = None, None, None, {}  # last begun, last complete
+        if world.rank == 0:
+            for left_over in self.folder.glob("step-*.tmp"):
+                shutil.rmtree(left_over)
+
+    def save(self, optimizers: dict[str, MuonAdamW], state: dict, elapsed: float, wait: bool = False):
+        self.wait()
+        if self.last != state["step"]:
+            tensors = {prefix + k: v for prefix, o in optimizers.items() for k, v in o.state_dict().items()}
+            if self.snapshot.keys() != tensors.keys():
+                pin = next(iter(tensors.values())).is_cuda
+                self.snapshot = {k: torch.empty(v.shape, dtype=v.dtype, pin_memory=pin) for k, v in tensors.items()}
+            for k, v in tensors.items():
+                self.snapshot[k].copy_(v, non_blocking=True)
+            optimizer, self.last = optimizers[""], state["step"]
+            state = state | dict(ranks=self.world.size, optimizer_steps=optimizer.steps, elapsed=elapsed,
+                                 typical=optimizer.typical.item())  # which also waits for the copies
+            self.thread = threading.Thread(target=self.write, args=(state,), daemon=True)
+            self.thread.start()
+        if wait:
+            self.wait()
+
+    def wait(self):
+        if self.thread:
+            self.thread.join()
+
+    def write(self, state: dict):
+        final = self.folder / f"step-{state['step']:08d}"
+        temporary, digest, rank = final.with_name(final.name + ".tmp"), bytes(32), self.world.rank
+        done = bytes(32)
+        path = temporary / f"rank-{rank}.safetensors"
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda p: save_file(self.snapshot, p))
+            digest = file_sha256(path)
+        except (OSError, SafetensorError) as error:
+            print(f"warning: rank {rank} cannot write its part of checkpoint {final.name} ({error}); the ones before "
+                  "it stay and training goes on", flush=True)
+        try:
+            digests = self.gather(digest)
+            if rank == 0 and all(map(any, digests)):
+                state["sha256"] = [d.hex() for d in digests]
+                write_atomically(temporary / "state.json", lambda p: p.write_text(json.dumps(state, indent=2) + "\n"))
+                older = sorted(p for p in self.folder.glob("step-????????") if p < final)
+                if self.every and state["elapsed"] // self.every > max([0] + [
+                        int(p.read_text()) for p in self.folder.glob("step-*/milestone")]):
+                    (temporary / "milestone").write_text(str(int(state["elapsed"] // self.every)))
+                shutil.rmtree(final, ignore_errors=True)
+                os.rename(temporary, final)
+                done = b"1" * 32
+                for old in [p for p in older if not (p / "milestone").exists()][:-1]:
+                    shutil.rmtree(old)
+            elif rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+        except (OSError, RuntimeError) as error:  # a peer is gone, or the disk is full by now
+            print(f"warning: checkpoint {final.name} is not complete ({error}); the ones before it stay", flush=True)
+        if any(self.gather(done)[0]):  # nobody goes on before it is there
+            self.written = state["step"]
+
+    def gather(self, digest: bytes) -> list[bytes]:
+        if self.world.files is None:
+            return [digest]
+        rows = [torch.empty(32, dtype=torch.uint8) for _ in range(self.world.size)]
+        dist.all_gather(rows, torch.tensor(list(digest), dtype=torch.uint8), group=self.world.files)
+        return [bytes(row.tolist()) for row in rows]
+
+
+def file_sha256(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
@@ -1218,8 +1259,9 @@ def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
             if folder.name.endswith(".tmp"):
                 raise ValueError("it was not finished")
             state = json.loads((folder / "state.json").read_text())
-            for rank in range(state["ranks"]):
-                safe_open(folder / f"rank-{rank}.safetensors", "pt").keys()
+            for rank, digest in enumerate(state["sha256"]):
+                if file_sha256(folder / f"rank-{rank}.safetensors").hex() != digest:
+                    raise ValueError(f"rank-{rank}.safetensors is damaged (its sha256 differs)")
             return folder, notes
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             notes.append(f"checkpoint {folder.name} is passed over: {error}")
@@ -1239,6 +1281,7 @@ def load_checkpoint(folder: Path, optimizers: dict[str, MuonAdamW]) -> dict:
 
     for prefix, optimizer in optimizers.items():
         optimizer.load_state_dict(lambda key: read(prefix + key), state["optimizer_steps"])
+    optimizers[""].typical.fill_(state["typical"])
     return state
 
 
@@ -1280,7 +1323,7 @@ def find_run(config: Config, plan: list[dict]) -> tuple[Path, Path | None, list[
     except (OSError, ValueError) as error:
         raise UserError(f"{source}/config.json cannot be read ({error}), so it is unknown what its checkpoints belong "
                         "to; choose another --name") from None
-    free = set("resume stop_after name samples checkpoint_minutes compile dry_run verify_data init "
+    free = set("resume stop_after name samples checkpoint_minutes milestone_hours compile dry_run verify_data init "
                "loader_threads mfu".split())
     differ = [f"{flag(k)} was {then.get(k)}, now {v}" for k, v in dataclasses.asdict(config).items()
               if k not in free and then.get(k) != v]
@@ -1289,6 +1332,17 @@ def find_run(config: Config, plan: list[dict]) -> tuple[Path, Path | None, list[
         raise UserError(f"{source} was started with other settings ({'; '.join(differ)}); repeat its flags, choose "
                         "another --name, or give --resume never to throw it away")
     return run, checkpoint, notes, ([0.0] + [record["elapsed"] for record in read_metrics(source)])[-1]
+
+
+def lock_run(run: Path, problems: list[str]):
+    """An open file that keeps other processes out of the run's folder, on this machine and on most shared disks."""
+    run.mkdir(parents=True, exist_ok=True)
+    file = open(run / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        problems.append(f"another process is training in {run}; wait for it, or choose another --name")
+    return file
 
 
 def to_latents(x, vae, device):
@@ -1347,6 +1401,7 @@ def train(config: Config, stages: list[Stage]) -> int:
             print(f"{run} holds a finished run; choose another --name, or give --resume never to throw it away")
         return 0
     datasets, problems = preflight.check(config, stages, world, run)
+    lock = lock_run(run, problems) if not (world.rank or config.dry_run or problems) else None  # held to the end
     if any(world.agree(len(problems))):
         raise UserError("\n".join(problems))
     if config.dry_run:
@@ -1369,16 +1424,22 @@ def train(config: Config, stages: list[Stage]) -> int:
 
     world.barrier()  # from here on the folder is written to
     if world.rank == 0 and config.resume == "never":
-        shutil.rmtree(run, ignore_errors=True)
+        for old in run.iterdir():
+            if old.name != "lock":
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
     if world.rank == 0 and not checkpoint:  # nothing to go on from: what a failed start has left does not count
         (run / "metrics.jsonl").unlink(missing_ok=True)
     clock, log = Clock(before), Log(run, world)
+    checkpoints = Checkpoints(run, world, log, config.milestone_hours)
     log(f"command: {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}\n"
         f"config: {json.dumps(dataclasses.asdict(config))}\nstages: {stages}\n"
         f"machine: {json.dumps(describe_machine(world))}\n--- source\n{SOURCE}\n--- end of source", show=False)
     for note in notes:
         log(note)
 
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     configs = [stage_config(config, stage) for stage in stages]
     routed = any(c.tread or c.sprint for c in configs)
     bf16 = config.compute == "bf16" or config.compute == "auto" and has_fast_bf16(device)
@@ -1421,6 +1482,8 @@ def train(config: Config, stages: list[Stage]) -> int:
 
     if checkpoint:
         load_checkpoint(checkpoint, optimizers)
+        if checkpoint.parent == checkpoints.folder:
+            checkpoints.last = checkpoints.written = state["step"]
         log(f"resumed from {checkpoint} at step {state['step']}, {before:.0f} s on the clock")
         log.write(event="resume", step=state["step"], elapsed=clock())
     if world.rank == 0:
@@ -1472,7 +1535,7 @@ def train(config: Config, stages: list[Stage]) -> int:
                    data_stall_s=loader.stall, skipped_steps=optimizer.skipped.item(),
                    **(dict(lost_updates=optimizer.lost.item()) if c.weights == "bf16" else {}))
         if optimizer.skipped_in_a_row.item() >= 10:
-            save_checkpoint(run, optimizers, state, world)
+            checkpoints.save(optimizers, state, elapsed, wait=True)
             raise TrainingFailed(f"10 steps in a row had a non-finite gradient; step {state['step']} is kept in "
                                  f"{run}/checkpoint: lower --lr or --lr-adamw, or look at the data")
 
@@ -1527,7 +1590,7 @@ def train(config: Config, stages: list[Stage]) -> int:
         if elapsed - heart.last >= heart.EVERY:
             heartbeat()
         if elapsed - last_checkpoint >= config.checkpoint_minutes * 60:
-            save_checkpoint(run, optimizers, state, world)
+            checkpoints.save(optimizers, state, elapsed)
             last_checkpoint = elapsed
         if progress * (config.samples + 1) >= next_grid <= config.samples:
             grid(f"step-{state['step']:08d}")
@@ -1538,8 +1601,11 @@ def train(config: Config, stages: list[Stage]) -> int:
     if loader:
         loader.stopped = True
     if progress < 1:  # a signal or --stop-after
-        save_checkpoint(run, optimizers, state, world)
+        checkpoints.save(optimizers, state, elapsed, wait=True)
         log.write(event="stopped", step=state["step"], elapsed=clock())
+        if checkpoints.written != state["step"]:
+            raise TrainingFailed(f"stopped at step {state['step']}, whose checkpoint could not be written; the same "
+                                 "command goes on from the one before")
         log(f"stopped at step {state['step']} with a checkpoint in {run}; the same command"
             f"{'' if number else ', with a later --stop-after or none,'} goes on from there")
         return 128 + int(number) if number else 0
@@ -1553,7 +1619,7 @@ def train(config: Config, stages: list[Stage]) -> int:
     log(f"finished: {state['step']} steps, {state['samples']:,} images, {seconds:.1f} s from process start to final "
         f"weights on disk, data stall {loader.stall if loader else 0:.1f} s")
     log.write(event="finished", step=state["step"], elapsed=seconds, samples=state["samples"])
-    save_checkpoint(run, optimizers, state, world)
+    checkpoints.save(optimizers, state, seconds, wait=True)
     grid("final")
     if world.rank == 0:
         from records import figures
@@ -1562,12 +1628,15 @@ def train(config: Config, stages: list[Stage]) -> int:
         + f"; next: python eval_prx.py {run}" * (config.data == "scenes")
         + "; its fuse or scorer is not in diffusers' model, which cannot load it" * ("span" in model.config))
     world.barrier()
+    if lock:
+        lock.close()
     return 0
 
 
 def main(argv=None) -> int:
     """Exit code 0, 1 after a failure, 2 for bad input, 128 + signal after a checkpoint on a signal."""
     try:
+        from data.settings import parse_args
         return train(*parse_args(argv))
     except (UserError, TrainingFailed) as error:
         if int(os.environ.get("RANK", 0)) == 0:

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_prx import PEAK_FLOPS, PRX, TEXTS, flops_per_image, parse_args, span, stage_config  # noqa: E402
+from data.settings import parse_args  # noqa: E402
+from train_prx import PEAK_FLOPS, PRX, TEXTS, flops_per_image, span, stage_config  # noqa: E402
 
 EPOCHS = 4  # the plan warns beyond. A guess: repeats cost language models little up to there (arXiv 2305.16264)
 KEPT = 2 + 1  # checkpoints on disk: the last two, and the one being written
@@ -161,8 +162,9 @@ def report(config, stages, outlines: list[Outline], ranks: int, gpu: bool, warni
     title = (f"{config.name}: PRX with {o.parameters / 1e6:,.1f} M parameters on {ranks} {'GPU' if gpu else 'CPU'} "
              f"rank{'s' * (ranks > 1)} ({named})")
     lines = ["tokens, text: of the largest image and the longest text; TFLOP: per image, teachers included",
-             f"images/s: of all GPUs at {config.mfu:.0%} (--mfu) of {PEAK_FLOPS / 1e12:.0f} TFLOP/s each; the default is "
-             "the goal on an H200, not a measurement" if gpu else "images/s: unknown on a CPU, and so is what has a ?"]
+             f"images/s: of all GPUs at {config.mfu:.0%} (--mfu) of {PEAK_FLOPS / 1e12:.0f} TFLOP/s each; the default "
+             "is the goal on an H200, not a measurement" if gpu else
+             "images/s: unknown on a CPU, and so is what has a ?"]
     lines += [f"data of {stage.name}: {o.data.about}" for stage, o in zip(stages, outlines) if o.data]
     lines += [f"memory: about {o.need(ranks) / 1e9:.0f} GB per GPU by estimate, most at {o.c.resolution} px: "
               f"{describe(o.memory(ranks))}"] * gpu

@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from train_prx import TEXTS, Config, UserError, choose_field, data_folders
+from data.settings import data_folders
+from train_prx import TEXTS, Config, UserError, choose_field
 
 
 class ShardData:

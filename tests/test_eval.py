@@ -14,6 +14,7 @@ import eval_prx
 import train_prx
 from data.encoders import TextEncoder
 from data import scenes
+from data.settings import parse_args
 from eval_prx import Features, Moments, fid, main, mmd, preprocess
 
 
@@ -272,7 +273,7 @@ def run(tmp_path_factory):
     """The folder of a finished run whose model knows nothing."""
     folder = tmp_path_factory.mktemp("logs") / "run"
     encoder = TextEncoder("tiny")
-    config, _ = train_prx.parse_args(["--track", "micro", "--hidden", "32", "--depth", "1", "--heads", "2"])
+    config, _ = parse_args(["--track", "micro", "--hidden", "32", "--depth", "1", "--heads", "2"])
     model = train_prx.PRX(in_channels=3, patch_size=8, context_in_dim=encoder.width, hidden_size=32, mlp_ratio=2.0,
                           num_heads=2, depth=1, axes_dim=[8, 8], bottleneck_size=None)
     for p in model.parameters():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import eval_prx
 import train_prx as T
 from data import encoders
+from data.settings import parse_args
 from data.encoders import VAE, TextEncoder
 
 KL = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -335,7 +336,7 @@ def test_a_resumed_run_does_not_start_from_init_again(in_tmp):
                                                          ("flux2", 1024, 4096, 128), ("dc-ae", 1024, 1024, 32),
                                                          ("none", 1024, 1024, 3)])
 def test_the_1b_model_takes_every_latent_space_on_the_meta_device(vae, size, tokens, channels):
-    c, _ = T.parse_args(["--vae", vae])
+    c, _ = parse_args(["--vae", vae])
     factor = {"none": 1, "repa-e": 8, "flux2": 16, "dc-ae": 32}[vae]
     with torch.device("meta"):
         model = T.PRX(in_channels=channels, patch_size=c.patch, hidden_size=c.hidden, depth=c.depth, num_heads=c.heads,

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 import train_prx as T
 from data import plan as P
 from data import preflight as F
+from data.settings import parse_args
 
 ROOT = Path(T.ROOT)
 GPU = T.World(device=torch.device("cuda", 0))
@@ -30,12 +31,12 @@ MICRO = ["--track", "micro"]
 
 
 def outlines(flags=(), **knobs):
-    config, stages = T.parse_args(list(flags))
+    config, stages = parse_args(list(flags))
     return [P.Outline(replace(T.stage_config(config, stage), **knobs)) for stage in stages]
 
 
 def problems(flags, world=T.World()):
-    config, stages = T.parse_args(flags)
+    config, stages = parse_args(flags)
     return F.check(config, stages, world, Path("logs") / config.name)[1]
 
 
@@ -76,8 +77,8 @@ def test_no_data_is_a_problem_beside_the_others(in_tmp):
 
 def test_scenes_are_checked_without_heavy_imports(tmp_path):
     """Neither transformers nor diffusers nor the hub's client: a start on two cores stays quick."""
-    script = ("import sys, train_prx as T\nfrom pathlib import Path\nfrom data import preflight as F\n"
-              "config, stages = T.parse_args(['--track', 'micro'])\n"
+    script = ("import sys, train_prx as T\nfrom pathlib import Path\nfrom data import preflight as F\nfrom data.settings import parse_args\n"
+              "config, stages = parse_args(['--track', 'micro'])\n"
               "data, problems = F.check(config, stages, T.World(), Path('logs/micro'))\n"
               "assert len(data) == 1 and not problems, problems\nF.plan(config, stages, data)\n"
               "heavy = {'transformers', 'diffusers', 'huggingface_hub'} & set(sys.modules)\nassert not heavy, heavy")
@@ -94,8 +95,9 @@ def test_a_problem_on_one_rank_reaches_all(tmp_path):
     """Rank 0 alone speaks: it must know what is wrong on another machine."""
     script = tmp_path / "ranks.py"
     script.write_text("from pathlib import Path\nimport train_prx as T\nfrom data import preflight as F\n"
+                      "from data.settings import parse_args\n"
                       "world = T.setup_world()\nflags = ['--track', 'micro'] + ['--data', 'gone'] * world.rank\n"
-                      "_, problems = F.check(*T.parse_args(flags), world, Path('logs/x'))\n"
+                      "_, problems = F.check(*parse_args(flags), world, Path('logs/x'))\n"
                       "assert len(problems) == 1 and 'gone holds no index.json' in problems[0], problems\n"
                       "world.barrier()\nT.dist.destroy_process_group()\n")
     with socket.socket() as s:
@@ -125,7 +127,7 @@ def test_an_image_in_both_splits_is_found(in_tmp):
 def test_stages_must_store_the_same_text(in_tmp):
     write_shards(in_tmp / "long", text=dict(text="tiny", width=96, max_tokens=80))
     write_shards(in_tmp / "sft")
-    config, _ = T.parse_args([*MICRO, "--data", "long"])
+    config, _ = parse_args([*MICRO, "--data", "long"])
     stages = [T.Stage("main"), T.Stage("sft", knobs=dict(data="sft"))]
     _, [said] = F.check(config, stages, T.World(), Path("logs/x"))
     assert "the stages' data sets differ in the text that they store" in said
@@ -228,7 +230,7 @@ def test_disk_must_hold_the_checkpoints(in_tmp, monkeypatch):
 def test_checkpoints_have_the_size_that_the_plan_says(in_tmp):
     model = T.PRX(hidden_size=64, num_heads=2, depth=2)
     for recipe in ("default", "baseline"):
-        c, _ = T.parse_args("--hidden 64 --heads 2 --depth 2 --repa 0 --tread 0 --recipe".split() + [recipe])
+        c, _ = parse_args("--hidden 64 --heads 2 --depth 2 --repa 0 --tread 0 --recipe".split() + [recipe])
         state = T.MuonAdamW(model.named_parameters(), c).state_dict()
         assert P.Outline(c).checkpoint == sum(x.numel() * 4 for x in state.values())
 
@@ -381,7 +383,7 @@ def test_the_default_plan_has_the_right_figures(in_tmp, capsys, monkeypatch):
     assert row["samples"] == f"{seconds * rate / 1e6:.3g} M"
     assert (row["length"], row["checkpoints"]) == ("16.4 h", "32")
     assert row["tokens seen"] == f"{seconds * rate * 256 / 1e9:.3g} G" and row["epochs"] == "?"
-    assert "epochs are unknown: track 24h needs --data" in said and "60% of 790 TFLOP/s" in said
+    assert "epochs are unknown: track 24h needs --data" in said and "60% (--mfu) of 790 TFLOP/s" in said
     checkpoint = 4 * (1_170_691_648 * 2 + 1_156_055_040 + 2 * 14_636_608)  # masters, EMA, Muon's and AdamW's momenta
     assert f"3 checkpoints of {checkpoint / 1e9:.2g}" in said
 
@@ -389,7 +391,7 @@ def test_the_default_plan_has_the_right_figures(in_tmp, capsys, monkeypatch):
 def test_the_default_plan_counts_teacher_and_routing(in_tmp, capsys):
     T.main(["--stages", "show"])
     first, second = rows(capsys.readouterr().out).values()
-    config, stages = T.parse_args([])
+    config, stages = parse_args([])
     plain = [T.flops_per_image(T.PRX(depth=1).config | dict(depth=16), n, 256) * 3e-12 for n in (256, 1024)]
     assert float(first["TFLOP"]) == pytest.approx(plain[0] + 0.155 * (config.repa > 0), rel=0.01)
     assert float(second["TFLOP"]) < 0.75 * plain[1]
