@@ -57,8 +57,8 @@ def records(track: str) -> list[dict]:
 def train(track: str, row: str, seed: int, steps: int, name: str, *extra: str) -> Path:
     run = Path("logs") / name
     if not (run / "transformer/config.json").exists():
-        subprocess.run([sys.executable, str(ROOT / "train_prx.py"), "--track", track, "--name", name, "--seed", str(seed),
-                        "--steps", str(steps), "--samples", "0", *flags_of(row), *extra], check=True,
+        subprocess.run([sys.executable, str(ROOT / "train_prx.py"), "--track", track, "--name", name, "--seed",
+                        str(seed), "--steps", str(steps), "--samples", "0", *flags_of(row), *extra], check=True,
                        stdout=subprocess.DEVNULL)
     return run
 
@@ -126,8 +126,8 @@ def table(track: str) -> str:
     rates = json.loads(path.read_text()) if path.exists() else {}
     cell = lambda xs, scale=1, digits=2: (f"{statistics.fmean(xs) * scale:.{digits}f}" + (
         f" ± {statistics.stdev(xs) * scale:.{digits}f}" if len(xs) > 1 else "")) if xs else "-"
-    lines = ["| row | published FID | n | accuracy % | unseen % | FID | CMMD | DINO-MMD | images/s, of the baseline's | "
-             "accuracy % at equal time |", "|---" * 10 + "|"]
+    lines = ["| row | published FID | n | accuracy % | unseen % | FID | CMMD | DINO-MMD | images/s over the baseline's "
+             "| accuracy % at equal time |", "|---" * 10 + "|"]
     for row in ROWS:
         mine = [r for r in kept if r["row"] == row and r["kind"] == "steps"]
         timed = [r["accuracy"] for r in kept if r["row"] == row and r["kind"] == "time"]
@@ -183,7 +183,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of every row [300 on micro, 1000 on mini]")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
-    parser.add_argument("--equal-time", action="store_true", help="the rows that change throughput, for the baseline's time")
+    parser.add_argument("--equal-time", action="store_true", help="rows that change throughput, for its time")
     parser.add_argument("--speed", type=int, metavar="TURNS", help="measure images/s of the rows, in turns")
     parser.add_argument("--table", action="store_true", help="print the table and draw the plots from the logs")
     parser.add_argument("--flags", default="", help="further flags of every run, such as '--compile off'")
@@ -207,8 +207,8 @@ def main():
                 record = one(args.track, row, seed, mine, extra, kind)
                 with open(OUT / f"{args.track}.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")
-                print(f"seed {seed}  {row:24s} {record['accuracy']:.2%}  FID {record['fid']:.2f}  loss {record['loss']:.4f}"
-                      f"  {record['seconds']:.0f} s", flush=True)
+                print(f"seed {seed}  {row:24s} {record['accuracy']:.2%}  FID {record['fid']:.2f}  loss "
+                      f"{record['loss']:.4f}  {record['seconds']:.0f} s", flush=True)
                 curves(args.track)
     if args.table or not args.speed:
         print(table(args.track))

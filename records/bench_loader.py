@@ -108,9 +108,10 @@ def main():
                     rates = [images_per_s(top / kind, threads, cold, args.batch, args.samples) for _ in range(3)]
                     rows.append(dict(kind=kind, cold=cold, threads=threads, bytes_per_image=size,
                                      images_per_s=float(np.median(rates)), all=rates))
-                    print(f"{kind:7s} {'cold' if cold else 'warm'}  {threads} thread(s)  {np.median(rates):8,.0f} "
-                          f"images/s ({min(rates):,.0f} to {max(rates):,.0f})  {np.median(rates) * size / 1e9:5.2f} GB/s  "
-                          f"{np.median(rates) / need:5.1f} x one GPU's need", flush=True)
+                    rate = np.median(rates)
+                    print(f"{kind:7s} {'cold' if cold else 'warm'}  {threads} thread(s)  {rate:8,.0f} images/s "
+                          f"({min(rates):,.0f} to {max(rates):,.0f})  {rate * size / 1e9:5.2f} GB/s  {rate / need:5.1f} x "
+                          "one GPU's need", flush=True)
     finally:
         shutil.rmtree(top)
     print(f"one H200 at 60 % MFU of {T.PEAK_FLOPS / 1e12:.0f} TFLOP/s needs {need:,.0f} images/s (derived), eight "

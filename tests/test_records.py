@@ -1,0 +1,38 @@
+"""The benchmark and the ablation runner: they run, and their tables come from their logs."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "records"))
+import ablate  # noqa: E402
+import bench  # noqa: E402
+
+
+def test_the_benchmark_reports_every_row_and_what_burn_in_frees(tmp_path, capsys):
+    flags = "--track micro --hidden 32 --heads 2 --depth 3 --batch 8 --tread-blocks 1-1 --repa-layer 1 --compute fp32".split()
+    bench.main([*flags, "--turns", "1", "--steps-per-turn", "1", "--out", str(tmp_path / "b.json")])
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert set(result["rows"]) == set(bench.ROWS) and result["rows"]["plain"]["ratio"] == 1
+    for row in result["rows"].values():
+        assert row["images_per_s"] == pytest.approx(8 / row["ms"] * 1e3) and row["parts_ms"]["optimizer"] > 0
+    teacher = 1_000_000  # bytes of the embedded one
+    assert result["rows"]["REPA"]["freed_bytes"] > teacher and result["rows"]["plain"]["freed_bytes"] == 0
+    assert "teacher" in result["rows"]["REPA"]["parts_ms"] and "the end of REPA's burn-in frees" in capsys.readouterr().out
+
+
+def test_the_ablation_table_is_made_from_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "OUT", tmp_path)
+    rows = [dict(row=row, seed=seed, kind=kind, accuracy=a, unseen=a, fid=1.0, cmmd=2.0, dino_mmd=3.0)
+            for row, seed, kind, a in (("baseline", 0, "steps", 0.5), ("baseline", 1, "steps", 0.7), ("Muon", 0, "steps", 0.9),
+                                       ("TREAD 50 %", 0, "time", 0.4), ("TREAD 50 %", 0, "steps", 0.3))]
+    (tmp_path / "micro.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (tmp_path / "micro.speed.json").write_text(json.dumps({"baseline": [100, 110], "TREAD 50 %": [120, 132]}))
+    lines = ablate.table("micro").splitlines()
+    assert "| baseline | 18.20 | 2 | 60.00 ± 14.14 |" in lines[2] and len(lines) == 5
+    assert "1.20" in lines[4] and lines[4].endswith("| 40.00 |")
+    assert ablate.flags_of("Muon")[:2] == ["--recipe", "tuned-baseline"] and ablate.flags_of("default recipe") == [
+        "--recipe", "default"]
