@@ -84,6 +84,7 @@ NAMES_KEPT = 100             # names of skipped samples in report.json, per reas
 THUMBS, THUMB_SIDE = 64, 96  # of the contact sheet (a part keeps up to twice as many); pixels
 REPORT_EVERY = 10            # seconds between two lines of progress
 STORES = ("latent", "text", "image", "jpeg")
+FIRST_SENTENCE = "first-sentence"
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 
 
@@ -101,12 +102,15 @@ class Settings:
     eval_share: float = 0.01        # share of the images that is split off for evaluation, by content
     image_field: str = ""           # Parquet column, key of metadata.jsonl, extension in tars (default: a usual name)
     long_field: str = ""            # Parquet column or JSON key of the long caption (default: a usual name)
-    short_field: str = ""           # Parquet column or JSON key of the short caption (default: a usual name)
+    short_field: str = ""           # of the short one, likewise; first-sentence: the first of the long one
     caption: str = ""               # a model that writes the captions of images whose long caption is empty
     batch: int = 16                 # images or captions encoded at a time
     shard_size: int = 1024          # most rows of a shard
     limit: int | None = None        # stop when this many images are kept
     min_size: int | None = None     # skip images with a short side below this (default: each --size)
+
+    def fields(self) -> Fields:
+        return Fields(self.image_field, self.long_field, self.short_field.replace(FIRST_SENTENCE, ""))
 
     def __post_init__(self):
         for name, kind in (("size", int), ("store", str)):
@@ -465,7 +469,7 @@ def prepare_part(part: Part, folder: Path, s: Settings, networks: Networks, shap
                  room: int | None, progress) -> dict:
     """Makes the shards of a part in `folder` and returns its record. seen: keys of images that are there already; room:
     how many may be kept, None: any number."""
-    writer, fields = PartWriter(folder, part.number, s, networks), Fields(s.image_field, s.long_field, s.short_field)
+    writer, fields = PartWriter(folder, part.number, s, networks), s.fields()
     samples, captioned = part.read(fields, needs_captions=not networks.captioner), False
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         work = functools.partial(process, s=s, shapes=shapes)
@@ -476,6 +480,8 @@ def prepare_part(part: Part, folder: Path, s: Settings, networks: Networks, shap
                 sample = sample.result()
                 captioned = captioned or bool(texts["long"])
                 sample.name, sample.long, sample.short = name, clean(texts["long"]), clean(texts["short"])
+                if s.short_field == FIRST_SENTENCE:
+                    sample.short = re.split(r"(?<=[.!?;]) ", sample.long)[0]
                 if not sample.long and not networks.captioner:
                     raise Reject("no caption")
                 if not seen.isdisjoint(sample.keys.values()):
@@ -613,7 +619,7 @@ def bytes_per_sample(s: Settings, networks: Networks) -> float:
 def count_samples(parts: list[Part], s: Settings, captioned: bool) -> float | None:
     """About how many samples there are; None if that is not known before the download. UserError for Parquet files
     without the columns that are needed."""
-    fields, total, rate = Fields(s.image_field, s.long_field, s.short_field), 0, None
+    fields, total, rate = s.fields(), 0, None
     for part in parts:
         for file in part.files:
             if part.kind == "lines":

@@ -446,3 +446,11 @@ def test_the_index_is_moved_into_place_last(tmp_path, monkeypatch):
     source = tar(tmp_path / "a.tar", [("a.png", encode(picture())), ("a.txt", b"a")])
     prep.prepare(source, tmp_path / "out", eval_share=0)
     assert moved[-5:] == ["train-00000.safetensors", "contact_sheet.png", "report.json", "index.json", "trash"]
+
+
+def test_the_first_sentence_serves_as_a_short_caption(tmp_path):
+    images = {f"{i}.png": encode(picture(i)) for i in range(2)}
+    lines = [{"file_name": "0.png", "text": "A red ring. It lies on blue, to the left."}, {"file_name": "1.png", "text": "one"}]
+    index = prep.prepare(folder(tmp_path / "in", images, lines), tmp_path / "out", eval_share=0.0,
+                         short_field="first-sentence")
+    assert index["captions"] == ["long", "short"] and texts(tensors(tmp_path / "out"), "short") == ["a red ring.", "one"]
