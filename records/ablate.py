@@ -34,7 +34,8 @@ ROWS = {
     "TREAD 50 %, learned": "--tread 0.5 --tread-select learned", "SPRINT 75 %": "--sprint 0.75",
     "contrastive 0.05": "--contrastive 0.05", "v-prediction": "--predict v", "P-DINO 0.01": "--pdino 0.01",
     "short captions": "--captions short", "long/short mix 0.2": "--captions mix:0.2", "BF16 weights": "--weights bf16",
-    "EMA 0.99": "--ema 0.99 --ema-every 4", "decay from 0.3": "--decay-from 0.3", "default recipe": "--recipe default",
+    "EMA 0.99": "--ema 0.99 --ema-every 4", "decay from 0.3": "--decay-from 0.3", "Muon and REPA": MUON + " --repa 0.5",
+    "default recipe": "--recipe default",
 }
 PUBLISHED = {  # FID of PRX part 2 at 256 px: baseline 18.20
     "baseline": "18.20", "Muon": "15.55", "REPA": "14.64", "iREPA": "hurts with DINOv3", "TREAD 50 %": "21.61",

@@ -110,8 +110,8 @@ def main():
                                      images_per_s=float(np.median(rates)), all=rates))
                     rate = np.median(rates)
                     print(f"{kind:7s} {'cold' if cold else 'warm'}  {threads} thread(s)  {rate:8,.0f} images/s "
-                          f"({min(rates):,.0f} to {max(rates):,.0f})  {rate * size / 1e9:5.2f} GB/s  {rate / need:5.1f} x "
-                          "one GPU's need", flush=True)
+                          f"({min(rates):,.0f} to {max(rates):,.0f})  {rate * size / 1e9:5.2f} GB/s  "
+                          f"{rate / need:5.1f} x one GPU's need", flush=True)
     finally:
         shutil.rmtree(top)
     print(f"one H200 at 60 % MFU of {T.PEAK_FLOPS / 1e12:.0f} TFLOP/s needs {need:,.0f} images/s (derived), eight "
