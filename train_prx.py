@@ -257,8 +257,11 @@ def setup_world() -> World:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return World(device=device)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=World.TIMEOUT,
-                                **(dict(device_id=device) if cuda else {}))
+        store, rank, size = next(dist.rendezvous("env://", timeout=World.TIMEOUT))
+        # torchrun keeps its store over restarts: without a prefix of its own, a restart finds the dead ranks' addresses
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
+                                timeout=World.TIMEOUT, **(dict(device_id=device) if cuda else {}))
     except (RuntimeError, ValueError) as error:  # the port is taken, a host is not there, a variable is missing
         raise UserError(f"the {os.environ['WORLD_SIZE']} ranks cannot meet at {os.environ.get('MASTER_ADDR')}:"
                         f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]}); start them with torchrun "

@@ -287,7 +287,7 @@ def test_a_dead_rank_ends_the_others_and_torchrun_starts_the_run_again(in_tmp):
     os.kill(int(children[-1]), signal.SIGKILL)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said[-3000:]
-    assert "resumed from logs/r/checkpoint" in said
+    assert "resumed from logs/r/checkpoint" in said and "cannot meet" not in said  # at the first restart
     assert np.allclose(losses("whole")[-5:], losses("r")[-5:], rtol=1e-3)
 
 
