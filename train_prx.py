@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import hashlib
 import importlib
 import json
@@ -905,8 +904,8 @@ class MuonAdamW:
 
     @torch.no_grad()
     def publish(self, flat: torch.Tensor | None = None):
-        """Give the model the masters, or another flat vector such as `ema`, in the model's dtypes, on all ranks: matrices
-        travel in the compute dtype, the rest in FP32."""
+        """Give the model the masters, or another flat vector such as `ema`, in the model's dtypes, on all ranks:
+        matrices travel in the compute dtype, the rest in FP32."""
         flat = self.master if flat is None else flat
         dtype = next((p.dtype for p in self.params.values() if p.ndim > 1), torch.float32)
         if dtype == torch.float32 or self.world.size == 1:
@@ -1337,17 +1336,6 @@ def find_run(config: Config, plan: list[dict]) -> tuple[Path, Path | None, list[
     return run, checkpoint, notes, ([0.0] + [record["elapsed"] for record in read_metrics(source)])[-1]
 
 
-def lock_run(run: Path, problems: list[str]):
-    """An open file that keeps other processes out of the run's folder, on this machine and on most shared disks."""
-    run.mkdir(parents=True, exist_ok=True)
-    file = open(run / "lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        problems.append(f"another process is training in {run}; wait for it, or choose another --name")
-    return file
-
-
 def to_latents(x, vae, device):
     """A batch as the model sees it, in FP32: stored latents, or images through the VAE, or scaled to [-1, 1]."""
     x = x.to(device, non_blocking=True)
@@ -1404,7 +1392,8 @@ def train(config: Config, stages: list[Stage]) -> int:
             print(f"{run} holds a finished run; choose another --name, or give --resume never to throw it away")
         return 0
     datasets, problems = preflight.check(config, stages, world, run)
-    lock = lock_run(run, problems) if not (world.rank or config.dry_run or problems) else None  # held to the end
+    locks = not (world.rank or config.dry_run or problems)
+    lock = preflight.lock_run(run, problems) if locks else None  # held to the end
     if any(world.agree(len(problems))):
         raise UserError("\n".join(problems))
     if config.dry_run:

@@ -3,6 +3,7 @@
     python train_prx.py --dry-run --data ...   # check everything as a run would, print the plan (data/plan.py), stop
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -133,6 +134,17 @@ def check_files(datasets, world) -> list[str]:
 
 
 # ---- machine ---------------------------------------------------------------------------------------------------------
+
+
+def lock_run(run: Path, problems: list[str]):
+    """An open file that keeps other processes out of the run's folder, on this machine and on most shared disks."""
+    run.mkdir(parents=True, exist_ok=True)
+    file = open(run / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        problems.append(f"another process is training in {run}; wait for it, or choose another --name")
+    return file
 
 
 def gpu_memory(device) -> tuple[float, float]:
