@@ -304,7 +304,8 @@ def load_run(run: Path, device: str, guidance: str = "cfg"):
 
     def paint(prompts, noise, steps, cfg_scale):
         images = train_prx.sample(model, noise.to(device), *encoder.encode(prompts), *null, steps=steps,
-                                  cfg_scale=cfg_scale, shift=config["shift"], predict=config["predict"], skipped=skipped)
+                                  skipped=skipped, cfg_scale=cfg_scale, shift=config["shift"],
+                                  predict=config["predict"])
         return train_prx.to_uint8(vae.decode(images) if vae else images).cpu()
 
     return config, paint
