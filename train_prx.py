@@ -430,6 +430,11 @@ def rotate(x, rope):
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
+def attention_dtype(x):
+    """The compute dtype on CUDA. On a CPU FP32: its BF16 attention took 11 ms backward, FP32 1.2 (records/speed.md)."""
+    return x.dtype if x.is_cuda else torch.float32
+
+
 class Attention(nn.Module):
     """Image queries attend to text and image. Text has keys and values only, and no position."""
 
@@ -445,11 +450,12 @@ class Attention(nn.Module):
 
     def forward(self, x, text, rope, mask):
         split = lambda y, n: y.unflatten(-1, (n, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        dtype = attention_dtype(x)
         q, k, v = split(self.img_qkv_proj(x), 3)              # (B, H, N, d) each
         text_k, text_v = split(self.txt_kv_proj(text), 2)     # (B, H, T, d) each
-        q, k = rotate(self.norm_q(q), rope).to(v.dtype), rotate(self.norm_k(k), rope).to(v.dtype)
-        k = torch.cat([self.norm_added_k(text_k).to(v.dtype), k], 2)
-        v = torch.cat([text_v, v], 2)                         # (B, H, T + N, d)
+        q, k = rotate(self.norm_q(q), rope).to(dtype), rotate(self.norm_k(k), rope).to(dtype)
+        k = torch.cat([self.norm_added_k(text_k).to(dtype), k], 2)
+        v = torch.cat([text_v, v], 2).to(dtype)               # (B, H, T + N, d)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
@@ -585,7 +591,7 @@ class PRX(Trained):
         h = x.view(B, C, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).reshape(B, rows * columns, C * p * p)
         h, text, vec = self.img_in(h), self.txt_in(text), self.time_in(self.time_embedding(t))
         if mask is not None:  # additive and broadcast, once for all blocks
-            mask = torch.zeros(B, mask.shape[1] + h.shape[1], dtype=h.dtype, device=x.device).masked_fill_(
+            mask = torch.zeros(B, mask.shape[1] + h.shape[1], dtype=attention_dtype(h), device=x.device).masked_fill_(
                 F.pad(~mask.bool(), (0, h.shape[1])), -torch.inf)[:, None, None]
         rope, (first, last), tapped = self.ropes[key], self.span or (-1, -1), None
         for i, block in enumerate(self.blocks):
@@ -1307,35 +1313,6 @@ def stage_at(progress: float, stages: list[Stage]) -> int:
     return min(int(np.searchsorted(ends, progress, "right")), len(stages) - 1)
 
 
-def find_run(config: Config, plan: list[dict]) -> tuple[Path, Path | None, list[str], float]:
-    """The run's folder, the checkpoint to go on from, notes on those passed over, and the seconds on its clock."""
-    run = Path("logs") / config.name
-    if config.resume == "never":
-        return run, None, [], 0.0
-    source = run if config.resume == "auto" or find_checkpoint(run)[0] else Path(config.resume)
-    checkpoint, notes = find_checkpoint(source)
-    if checkpoint is None:
-        if config.resume != "auto":
-            raise UserError(f"--resume {config.resume} holds no complete checkpoint "
-                            f"({'; '.join(notes) or 'there is no checkpoint/step-* in it'}); give a run's folder such "
-                            "as logs/micro, or leave --resume away")
-        return run, None, notes, 0.0
-    try:
-        then = dict(json.loads((source / "config.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}/config.json cannot be read ({error}), so it is unknown what its checkpoints belong "
-                        "to; choose another --name") from None
-    free = set("resume stop_after name samples checkpoint_minutes milestone_hours compile dry_run verify_data init "
-               "loader_threads mfu".split())
-    differ = [f"{flag(k)} was {then.get(k)}, now {v}" for k, v in dataclasses.asdict(config).items()
-              if k not in free and then.get(k) != v]
-    differ += [f"its stages were {then.get('plan')}, now {plan}"] * (not differ and then.get("plan") != plan)
-    if differ:
-        raise UserError(f"{source} was started with other settings ({'; '.join(differ)}); repeat its flags, choose "
-                        "another --name, or give --resume never to throw it away")
-    return run, checkpoint, notes, ([0.0] + [record["elapsed"] for record in read_metrics(source)])[-1]
-
-
 def to_latents(x, vae, device):
     """A batch as the model sees it, in FP32: stored latents, or images through the VAE, or scaled to [-1, 1]."""
     x = x.to(device, non_blocking=True)
@@ -1386,7 +1363,7 @@ def train(config: Config, stages: list[Stage]) -> int:
         signal.signal(number, lambda n, _: os._exit(128 + n) if caught else caught.append(n))
 
     plan = [dataclasses.asdict(stage) for stage in stages]
-    run, checkpoint, notes, before = find_run(config, plan)
+    run, checkpoint, notes, before = preflight.find_run(config, plan)
     if config.resume != "never" and (run / "transformer/config.json").exists():
         if world.rank == 0:
             print(f"{run} holds a finished run; choose another --name, or give --resume never to throw it away")

@@ -3,7 +3,9 @@
     python train_prx.py --dry-run --data ...   # check everything as a run would, print the plan (data/plan.py), stop
 """
 
+import dataclasses
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -15,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from data.plan import CUDA, KEPT, Outline, describe, fitting, latent_space, read_json, report
-from train_prx import TEACHERS, TEXTS, VAES, UserError, find_checkpoint, flag, stage_config
+from train_prx import TEACHERS, TEXTS, VAES, UserError, find_checkpoint, flag, read_metrics, stage_config
 
 NETWORKS = {  # knob: its names, where in a folder or repository the network lies, what to do without it
     "vae": (VAES, ("vae", ""), "use --vae none (pixel space)"),
@@ -60,6 +62,35 @@ def plan(config, stages, datasets=None) -> str:
         datasets, problems = open_data(config, configs)
     warnings = [f"epochs are unknown: {problem}" for problem in dict.fromkeys(problems)]
     return report(config, stages, list(map(Outline, configs, datasets)), ranks, gpu, warnings)
+
+
+def find_run(config, plan: list[dict]) -> tuple[Path, Path | None, list[str], float]:
+    """The run's folder, the checkpoint to go on from, notes on those passed over, and the seconds on its clock."""
+    run = Path("logs") / config.name
+    if config.resume == "never":
+        return run, None, [], 0.0
+    source = run if config.resume == "auto" or find_checkpoint(run)[0] else Path(config.resume)
+    checkpoint, notes = find_checkpoint(source)
+    if checkpoint is None:
+        if config.resume != "auto":
+            raise UserError(f"--resume {config.resume} holds no complete checkpoint "
+                            f"({'; '.join(notes) or 'there is no checkpoint/step-* in it'}); give a run's folder such "
+                            "as logs/micro, or leave --resume away")
+        return run, None, notes, 0.0
+    try:
+        then = dict(json.loads((source / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}/config.json cannot be read ({error}), so it is unknown what its checkpoints belong "
+                        "to; choose another --name") from None
+    free = set("resume stop_after name samples checkpoint_minutes milestone_hours compile dry_run verify_data init "
+               "loader_threads mfu".split())
+    differ = [f"{flag(k)} was {then.get(k)}, now {v}" for k, v in dataclasses.asdict(config).items()
+              if k not in free and then.get(k) != v]
+    differ += [f"its stages were {then.get('plan')}, now {plan}"] * (not differ and then.get("plan") != plan)
+    if differ:
+        raise UserError(f"{source} was started with other settings ({'; '.join(differ)}); repeat its flags, choose "
+                        "another --name, or give --resume never to throw it away")
+    return run, checkpoint, notes, ([0.0] + [record["elapsed"] for record in read_metrics(source)])[-1]
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
