@@ -1,12 +1,22 @@
-"""Frozen encoders of images and text: data/prepare.py stores their output, train_prx.py computes what is not stored."""
+"""Frozen networks: VAE and text encoder, whose output data/prepare.py stores and train_prx.py computes where it is not
+stored, and the teacher of REPA and P-DINO."""
 
 import hashlib
+import importlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from train_prx import TEXTS, VAES, quiet_import, unavailable
+from train_prx import TEACHERS, TEXTS, VAES, unavailable
+
+
+def quiet_import(name: str):
+    """transformers or diffusers (seconds each, so only where they are used), without their progress bars."""
+    module = importlib.import_module(name)
+    module.utils.logging.set_verbosity_error()
+    module.utils.logging.disable_progress_bar()
+    return module
 
 
 class VAE:
@@ -96,3 +106,35 @@ class TextEncoder:
                                 max_length=self.max_tokens, return_tensors="pt").to(self.device)
         states = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
         return states.float(), tokens["attention_mask"].bool()
+
+
+class Teacher:
+    """A frozen vision transformer of transformers (DINOv3, DINOv2 with or without registers).
+
+    teacher(images FP32 (B, 3, H, W) in [-1, 1], rows, columns) -> patch tokens (B, rows * columns, width) FP32, of the
+    images resized so that its patches are that grid (bicubic, antialiased) and normalised as ImageNet's.
+    """
+
+    def __init__(self, knob: str, name: str, device="cpu"):
+        transformers = quiet_import("transformers")
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        try:
+            folder = TEACHERS.get(name, name)
+            self.model, report = transformers.AutoModel.from_pretrained(folder, use_safetensors=True, dtype=dtype,
+                                                                        output_loading_info=True)
+            if report["missing_keys"]:  # they would be drawn at random
+                raise ValueError(f"it lacks weights such as {sorted(report['missing_keys'])[0]}")
+            self.patch, self.width = self.model.config.patch_size, self.model.config.hidden_size
+        except (OSError, ValueError, AttributeError) as error:
+            raise unavailable(knob, name, error, f"use --{knob} tiny (trained on scenes)") from None
+        self.model.to(device).eval().requires_grad_(False)
+        self.special = 1 + getattr(self.model.config, "num_register_tokens", 0)
+        self.mean, self.std = (torch.tensor(x, device=device).view(1, 3, 1, 1)
+                               for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+    def __call__(self, images, rows: int, columns: int):
+        size = rows * self.patch, columns * self.patch
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
+        x = ((images / 2 + 0.5 - self.mean) / self.std).to(self.model.dtype)
+        return self.model(pixel_values=x).last_hidden_state[:, self.special:].float()

@@ -83,7 +83,7 @@ def find_run(config, plan: list[dict]) -> tuple[Path, Path | None, list[str], fl
         raise UserError(f"{source}/config.json cannot be read ({error}), so it is unknown what its checkpoints belong "
                         "to; choose another --name") from None
     free = set("resume stop_after name samples checkpoint_minutes milestone_hours compile dry_run verify_data init "
-               "loader_threads mfu".split())
+               "loader_threads mfu recompute bench profile".split())
     differ = [f"{flag(k)} was {then.get(k)}, now {v}" for k, v in dataclasses.asdict(config).items()
               if k not in free and then.get(k) != v]
     differ += [f"its stages were {then.get('plan')}, now {plan}"] * (not differ and then.get("plan") != plan)

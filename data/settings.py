@@ -107,10 +107,14 @@ def check_config(c):
     routes, last = c.tread or c.sprint, c.depth - 1
     need(re.fullmatch(r"\d+-\d+", c.tread_blocks) and (not routes or span(c)[0] <= span(c)[1] <= last),
          f"--tread-blocks {c.tread_blocks} must name a first and a last block of 0 to {last}, such as 1-{last - 1}")
-    need(not c.repa or c.repa_layer <= last, f"--repa-layer {c.repa_layer} is not one of the blocks 0 to {last}")
+    need(not c.repa or c.repa_layer <= last,
+         f"--repa-layer {c.repa_layer} is not one of the blocks 0 to {last}; give one of them, or --repa 0")
     need(not (c.repa and c.repa_kind == "irepa" and routes and span(c)[0] <= c.repa_layer <= span(c)[1]),
          f"--repa-kind irepa needs all tokens at --repa-layer {c.repa_layer}, and blocks {c.tread_blocks} see some; "
          "choose a layer outside, or --repa-kind repa")
+    need(not (c.fp8 and c.compute == "fp32"), "--fp8 and --compute fp32 contradict each other; give one of them")
+    need(not c.fp8 or c.hidden % 16 == 0 and int(c.hidden * c.mlp_ratio) % 16 == 0,
+         f"--fp8 needs widths that are multiples of 16, unlike --hidden {c.hidden} with --mlp-ratio {c.mlp_ratio}")
     need(not c.pdino or c.vae == "none", "--pdino compares pixels and works in pixel space only; give --vae none")
     need(c.guidance == "cfg" or c.tread, "--guidance self compares full with routed tokens and needs --tread")
     need(not c.contrastive or c.batch // c.accumulate % NEGATIVES == 0,

@@ -27,6 +27,12 @@ from data.settings import data_folders
 from train_prx import TEXTS, Config, UserError, choose_field
 
 
+def decode_jpeg(data: torch.Tensor) -> torch.Tensor:
+    """uint8 bytes -> uint8 (3, H, W)."""
+    image = Image.open(io.BytesIO(data.numpy().tobytes()), formats=["JPEG"])
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 class ShardData:
     """Folders that data/prepare.py wrote, mixed by weight: index.json and memory-mapped safetensors shards.
 
@@ -87,15 +93,16 @@ class ShardData:
         self.threads = c.loader_threads if torch.cuda.is_available() else 1  # on two cores they fight with the model's
         self.about = f"{self.count:,} images of {c.resolution} px in {len(train)} shards and {len(self.sizes)} buckets"
 
-    def read_index(self, folder: Path) -> dict:
+    @classmethod
+    def read_index(cls, folder: Path) -> dict:
         path = folder / "index.json"
         if not path.exists():
             raise UserError(f"--data {folder} holds no index.json; give 'scenes' or folders that data/prepare.py wrote "
                             "to the end")
         try:
             index = dict(json.loads(path.read_text()))
-            if index["format"] != self.FORMAT:
-                raise UserError(f"{path} has format {index['format']}, this script reads {self.FORMAT}; prepare the "
+            if index["format"] != cls.FORMAT:
+                raise UserError(f"{path} has format {index['format']}, this script reads {cls.FORMAT}; prepare the "
                                 "data again")
             index["shards"] = [dict({k: int(s[k]) for k in ("count", "resolution", "height", "width")},
                                     **{k: str(s[k]) for k in ("file", "split", "sha256")},
@@ -105,7 +112,8 @@ class ShardData:
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path} is damaged ({type(error).__name__} {error}); prepare the data again") from None
 
-    def load(self, path: Path) -> dict[str, torch.Tensor]:
+    @staticmethod
+    def load(path: Path) -> dict[str, torch.Tensor]:
         """Tensors that read the file when they are indexed."""
         try:
             file = safe_open(path, "pt")
@@ -152,8 +160,7 @@ class ShardData:
         if self.pixels and self.image == "raw":
             image = tensors["image"][row]
         elif self.pixels:
-            image = Image.open(io.BytesIO(ragged("jpeg").numpy().tobytes()), formats=["JPEG"])
-            image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            image = decode_jpeg(ragged("jpeg"))
         text = ragged(f"text.{field}") if self.text else bytes(ragged(f"caption.{field}").tolist()).decode()
         return latent, image, text
 
@@ -218,3 +225,40 @@ class ShardData:
                 latents, images, texts = zip(*samples)
                 images = torch.stack(images) if self.pixels else None
                 yield (torch.stack(latents), list(texts), images) if self.latent else (images, list(texts), None)
+
+
+class HeldOut:
+    """The evaluation split of prepared folders at one resolution, as caption(i) and image(i), in the order of the
+    images' hashes: the same first n for everybody who has prepared the same images."""
+
+    def __init__(self, data: str, resolution: int):
+        found, self.tensors, self.stored = [], {}, True
+        for folder in (Path(path) for path, _ in data_folders(data)):
+            index = ShardData.read_index(folder)
+            self.stored = self.stored and bool(index["image"])
+            for s in index["shards"]:
+                if s["split"] == "eval" and s["resolution"] == resolution:
+                    path = folder / s["file"]
+                    self.tensors[path] = tensors = ShardData.load(path)
+                    rows = np.delete(np.arange(s["count"]), s["skip"])
+                    found += [(bytes(tensors["hash"][row].tolist()), path, int(row)) for row in rows]
+        self.rows = sorted(dict((f[0], f) for f in found).values())
+        if len(self.rows) < 2:
+            raise UserError(f"{data} holds {len(self.rows)} image(s) of {resolution} px for evaluation, and at least 2 "
+                            "are needed; prepare more data, or with a larger --eval-share")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def ragged(self, i: int, key: str) -> torch.Tensor:
+        _, path, row = self.rows[i]
+        start, end = self.tensors[path][f"{key}.offset"][row:row + 2].tolist()
+        return self.tensors[path][key][start:end]
+
+    def caption(self, i: int) -> str:
+        return bytes(self.ragged(i, "caption.long").tolist()).decode()
+
+    def image(self, i: int) -> torch.Tensor:  # uint8 (3, H, W)
+        _, path, row = self.rows[i]
+        raw = self.tensors[path].get("image")
+        return decode_jpeg(self.ragged(i, "jpeg")) if raw is None else raw[row]

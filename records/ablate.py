@@ -8,8 +8,8 @@ other within a seed, so that a slow hour of the machine hits all alike. Each run
 eval_prx.py. A run that is there is not made again: stop it at any time, go on later. One JSON line per run goes to
 records/ablations/TRACK.jsonl; loss by noise level and what BF16 storage loses to TRACK.curves.json.
 
-Equal time: images/s are measured in short turns, row after row, several times over (--speed), because the machine is
-noisy; with --equal-time the rows that change throughput run once more for as many steps as the baseline's time allows.
+Equal time: images/s of the rows are measured in turns in one process (--speed), because machines are noisy; with
+--equal-time the rows that change throughput run once more for as many steps as the baseline's time allows.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +36,7 @@ ROWS = {
     "contrastive 0.05": "--contrastive 0.05", "v-prediction": "--predict v", "P-DINO 0.01": "--pdino 0.01",
     "short captions": "--captions short", "long/short mix 0.2": "--captions mix:0.2", "BF16 weights": "--weights bf16",
     "EMA 0.99": "--ema 0.99 --ema-every 4", "decay from 0.3": "--decay-from 0.3", "Muon and REPA": MUON + " --repa 0.5",
+    "first record's recipe": "--recipe default --repa 0 --ema 0.99 --ema-every 4 --decay-from 0.3",
     "default recipe": "--recipe default",
 }
 PUBLISHED = {  # FID of PRX part 2 at 256 px: baseline 18.20
@@ -102,22 +104,42 @@ def curves(track: str):
                 seed=record["seed"], loss=[round(x, 4) for x in group],
                 by_time=[round(sum(b["loss_by_time"][k] for b in beats[-4:]) / len(beats[-4:]), 5) for k in range(10)],
                 lost=[[b["step"], round(b["lost_updates"], 4)] for b in beats if b.get("lost_updates") is not None]))
-    if found:
-        (OUT / f"{track}.curves.json").write_text(json.dumps(found) + "\n")
+    path = OUT / f"{track}.curves.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    for row, runs in found.items():  # what was kept of seeds whose logs are not at hand stays
+        new = {run["seed"] for run in runs}
+        kept[row] = sorted([*runs, *(r for r in kept.get(row, []) if r["seed"] not in new)], key=lambda r: r["seed"])
+    path.write_text(json.dumps(kept) + "\n")
 
 
-def speed(track: str, rounds: int, extra: list[str]):
-    """Images/s of each row: short runs, row after row, `rounds` times; the median of each run's later heartbeats."""
-    rates = {row: [] for row in ROWS}
-    for turn in range(rounds):
-        for row in ROWS:
-            run = train(track, row, turn, 120, name := f"speed-{track}-{turn}-{list(ROWS).index(row)}", *extra)
-            beats = [r for r in map(json.loads, filter(None, (run / "metrics.jsonl").read_text().splitlines()))
-                     if r.get("losses")]
-            rates[row].append(statistics.median(r["images_per_s"] for r in beats[1:]))
-            shutil.rmtree(run)
-            print(f"turn {turn}: {row:24s} {rates[row][-1]:7.0f} images/s", flush=True)
-            (OUT / f"{track}.speed.json").write_text(json.dumps(rates, indent=1) + "\n")
+def speed(track: str, turns: int, extra: list[str]):
+    """Images/s of each row, in each turn: its compiled step on random data (records/bench.py), row after row in one
+    process, and what all rows share: scenes and text encoder."""
+    import bench
+    from data import encoders
+    from data.scenes import SceneData
+
+    T, median = bench.T, statistics.median
+    device, flags = T.setup_world().device, ["--track", track, "--steps", "1", "--compile", "on"]
+    configs = {row: bench.parse_args([*flags, *flags_of(row), *extra])[0] for row in ROWS}
+    c = configs["baseline"]
+    teacher = encoders.Teacher("repa-teacher", c.repa_teacher, device)
+    settings = {row: bench.Ours(config, device, *bench.shapes_of(config), teacher) for row, config in configs.items()}
+    times, _ = bench.in_turns(settings, turns, 4)
+    batches, encoder = T.host_batches(SceneData(c), c, 0, 0, slice(0, c.batch)), encoders.TextEncoder(
+        c.text, device, c.text_tokens, c.text_pad)
+    shared = []
+    for _ in range(12):
+        start = time.perf_counter()
+        encoder.encode(next(batches)[2])
+        shared.append(time.perf_counter() - start)
+    step = {row: [median(lap["step"] for lap in laps[i:i + 4]) + median(shared) for i in range(0, len(laps), 4)]
+            for row, laps in times.items()}
+    step["REPA, first half"] = [(a + b) / 2 for a, b in zip(step["REPA"], step["baseline"])]
+    rates = {row: [c.batch / seconds for seconds in values] for row, values in step.items()}
+    for row, values in rates.items():
+        print(f"{row:24s} {median(values):7.0f} images/s, {median(values) / median(rates['baseline']):.2f}", flush=True)
+    (OUT / f"{track}.speed.json").write_text(json.dumps(rates, indent=1) + "\n")
 
 
 def table(track: str) -> str:

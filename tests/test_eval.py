@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,14 @@ import train_prx
 from data.encoders import TextEncoder
 from data import scenes
 from data.settings import parse_args
-from eval_prx import Features, Moments, fid, main, mmd, preprocess
+from eval_prx import Features, Moments, SceneTask, fid, main, mmd, preprocess
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Reference statistics are cached in a folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "prx"
 
 
 def random_features(n, d, seed, rank=None):
@@ -44,9 +52,10 @@ def test_fid_is_right_on_rank_deficient_covariances(n, d, rank):
     got = fid(Moments().update(x), Moments().update(y))
     assert got == pytest.approx(expected, rel=1e-6)
     s1, s2 = np.cov(x.numpy().T), np.cov(y.numpy().T)
-    root = scipy.linalg.sqrtm(s1 @ s2 + 1e-9 * np.eye(d)).real  # scipy's needs help on a singular matrix
+    half = scipy.linalg.sqrtm(s1).real  # S1^(1/2) S2 S1^(1/2) has the eigenvalues of S1 S2, and is symmetric
+    root = scipy.linalg.sqrtm(half @ s2 @ half).real
     by_scipy = (x.mean(0) - y.mean(0)).square().sum().item() + np.trace(s1 + s2 - 2 * root)
-    assert got == pytest.approx(by_scipy, rel=1e-3)
+    assert got == pytest.approx(by_scipy, rel=1e-6)
 
 
 def test_moments_do_not_depend_on_the_batches():
@@ -57,6 +66,16 @@ def test_moments_do_not_depend_on_the_batches():
     assert torch.allclose(whole.mean, x.mean(0), rtol=1e-12) and torch.allclose(parts.mean, whole.mean, rtol=1e-12)
     assert torch.allclose(whole.cov, x.T.cov(), rtol=1e-7, atol=1e-7)
     assert torch.allclose(parts.cov, whole.cov, rtol=1e-9, atol=1e-9)
+
+
+def test_moments_of_ranks_add_up_and_do_not_grow():
+    x = random_features(400, 20, 6) + 1e3
+    whole, merged = Moments().update(x), Moments()
+    for n, part in zip((100, 0, 37, 263), x.split([100, 0, 37, 263])):
+        merged.merge(Moments().update(part) if n else Moments())
+    assert merged.n == 400 and torch.allclose(merged.mean, whole.mean, rtol=1e-12)
+    assert torch.allclose(merged.cov, whole.cov, rtol=1e-9, atol=1e-9)
+    assert sum(torch.as_tensor(value).numel() for value in vars(merged).values()) == 20 * 20 + 2 * 20 + 1
 
 
 def test_mmd_is_the_double_loop():
@@ -72,6 +91,46 @@ def test_mmd_is_the_double_loop():
     assert mmd(x * 7, y) == pytest.approx(expected, rel=1e-9)  # features are normalised
     for chunk in (1, 5, 16):
         assert mmd(x, y, chunk=chunk) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_bias_is_what_two_samples_of_one_distribution_get():
+    """And about 10 (1 - |mean|^2) / n for each set."""
+    population = random_features(2000, 5, 0)
+    draw = lambda n, seed: population[torch.randperm(2000, generator=torch.Generator().manual_seed(seed))[:n]]
+    pairs = [(draw(30, seed), draw(50, seed + 1000)) for seed in range(200)]
+    biases = [eval_prx.mmd_bias(xx, yy.item(), 30, 50) for xx, yy, _ in (eval_prx.mmd_terms(x, y) for x, y in pairs)]
+    values = torch.tensor([mmd(x, y) for x, y in pairs])
+    assert np.mean(biases) == pytest.approx(values.mean().item(), abs=4 * values.std().item() / 200 ** 0.5)
+    unit = torch.nn.functional.normalize(population, dim=1)
+    rule = 10 * (1 - unit.mean(0).square().sum().item()) * (1 / 30 + 1 / 50)
+    assert np.mean(biases) == pytest.approx(rule, rel=0.05)
+
+
+def test_intervals_are_as_wide_as_the_spread_of_fresh_samples():
+    reference, population = random_features(2000, 6, 0), random_features(20_000, 6, 1)
+    real = Moments().update(reference)
+
+    def fresh(n, seed):
+        return population[torch.randperm(20_000, generator=torch.Generator().manual_seed(seed))[:n]]
+
+    def mmd_of_resamples(x, counts):
+        _, yy, xy = eval_prx.mmd_terms(reference, x, counts)
+        return yy - 2 * xy
+
+    for metric, resampled in ((lambda x: fid(real, Moments().update(x)),
+                               lambda x, counts: eval_prx.fid_of_resamples(real, x, counts)),
+                              (lambda x: mmd(reference, x), mmd_of_resamples)):
+        widths = []
+        for n in (100, 400):
+            x = fresh(n, n)
+            low, high = eval_prx.interval(metric(x), resampled(x, eval_prx.resample(n)))
+            spread = np.std([metric(fresh(n, seed)) for seed in range(40)])
+            assert low < metric(x) < high and 0.6 < (high - low) / (2 * 1.96 * spread) < 1.6
+            widths.append(high - low)
+        assert widths[1] < 0.7 * widths[0]
+    x = fresh(100, 0)  # each sample once is the sample itself
+    once = eval_prx.fid_of_resamples(real, x, torch.ones(1, 100).double()).item()
+    assert once == pytest.approx(fid(real, Moments().update(x)), rel=1e-6)
 
 
 def test_a_set_with_itself_is_zero_and_metrics_are_symmetric():
@@ -115,6 +174,36 @@ def test_images_of_many_sizes_are_each_preprocessed_alone():
     assert torch.equal(together, torch.cat([preprocess(x[None], 48, "dino") for x in images]))
 
 
+@pytest.mark.parametrize("size", [(32, 32), (299, 299), (400, 300), (640, 480)])
+def test_the_inception_of_2015_sees_what_clean_fid_shows_it_or_with_legacy_pytorch_fid(size):
+    """Pillow's bicubic on each float channel, squeezed to 299 x 299, clipped; legacy: bilinear without antialiasing."""
+    image = picture(*size)
+    planes = [Image.fromarray(x.numpy().astype(np.float32), "F").resize((299, 299), Image.BICUBIC) for x in image]
+    expected = (torch.from_numpy(np.stack(planes)).clamp(0, 255) - 128) / 128
+    got = preprocess(image[None], 299, "inception-2015")[0]
+    assert (got - expected).abs().max() < 1e-4
+    legacy = torch.nn.functional.interpolate(image[None].float(), (299, 299), mode="bilinear", align_corners=False)
+    assert torch.allclose(preprocess(image[None], 299, "inception-2015", "legacy"), (legacy - 128) / 128, atol=1e-5)
+    if size != (299, 299):
+        assert (preprocess(image[None], 299, "inception-2015", "legacy")[0] - got).abs().max() > 0.01
+
+
+def test_a_float_metric_fed_with_uint8_would_see_an_inverted_image_and_ours_does_not():
+    """The public implementation gives uint8 to torchmetrics' FID(normalize=True), which multiplies by 255 in uint8: x
+    becomes 256 - x. That image is another one to our features; ours are those of the image itself."""
+    image = scenes.render(scenes.draw_scenes(range(64), "eval"), 32)
+    wrapped = image * 255  # in uint8
+    assert torch.equal(wrapped, (256 - image.int()).remainder(256).to(torch.uint8))
+    network = Features("inception")
+    real = Moments().update(network(scenes.render(scenes.draw_scenes(range(1000, 1200), "eval"), 32)))
+    straight, inverted = (fid(real, Moments().update(network(x))) for x in (image, wrapped))
+    assert inverted > 3 * straight
+    with torch.no_grad():  # the network's own answer to the image in [-1, 1], nothing of ours in between
+        x = torch.nn.functional.interpolate(image, (64, 64), mode="bicubic", antialias=True).float() / 127.5 - 1
+        expected = network.model(pixel_values=x.to(memory_format=torch.channels_last)).pooler_output.flatten(1)
+    assert torch.allclose(network(image), expected, atol=1e-4)
+
+
 def test_values_arrive_in_the_right_range_and_not_inverted():
     black, white = torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
     assert preprocess(black, 64, "inception").unique().tolist() == [-1]
@@ -123,10 +212,10 @@ def test_values_arrive_in_the_right_range_and_not_inverted():
     with pytest.raises(TypeError, match="uint8"):
         preprocess(torch.rand(1, 3, 64, 64), 64, "clip")
     image = scenes.render(scenes.draw_scenes(range(4), "eval"), 32)
-    for kind in eval_prx.MEAN_STD:
+    for kind in eval_prx.METRICS:
         network = Features(kind)
         features, inverse = network(image), network(255 - image)
-        assert features.dtype == torch.float64 and features.shape[0] == 4 and features.ndim == 2
+        assert features.dtype == torch.float32 and features.shape[0] == 4 and features.ndim == 2
         assert ((features - inverse).norm(dim=1) > 0.1 * features.norm(dim=1)).all()
         batched = network(image, batch=3)
         assert torch.allclose(batched, features, rtol=1e-4, atol=1e-5)
@@ -166,6 +255,46 @@ def test_published_architectures_load_through_the_same_path(tiny):
         assert torch.allclose(dino(images).float(), tokens[:, 0], atol=1e-5)
     assert len(clip.describe()["sha256"]) == 64 and clip.describe() == Features("clip", tiny / "clip").describe()
     assert clip.describe()["sha256"] != dino.describe()["sha256"]
+
+
+def test_dinov3_loads_as_the_network_of_dino_mmd(tmp_path):
+    import transformers as t
+
+    torch.manual_seed(0)
+    t.DINOv3ViTModel(t.DINOv3ViTConfig(image_size=64, patch_size=16, hidden_size=32, intermediate_size=64,
+                                       num_hidden_layers=2, num_attention_heads=2, num_register_tokens=4)
+                     ).save_pretrained(tmp_path / "dinov3")
+    network, images = Features("dino", tmp_path / "dinov3"), torch.stack([picture(64, 64, seed) for seed in range(3)])
+    with torch.no_grad():
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in eval_prx.MEAN_STD["dino"])
+        model = t.DINOv3ViTModel.from_pretrained(tmp_path / "dinov3")
+        tokens = model(pixel_values=(images / 255 - mean) / std).last_hidden_state
+    assert network.size == 64 and torch.allclose(network(images), tokens[:, 0], atol=1e-5)
+
+
+class Inception2015(torch.nn.Module):
+    """A stand-in for NVIDIA's TorchScript file: `layers` maps (x - 128) / 128 at 299 px to features."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.AvgPool2d(23), torch.nn.Flatten())  # (B, 3 * 13 * 13)
+
+    def forward(self, x):
+        return self.layers(x) * 0
+
+
+def test_the_torchscript_inception_is_loaded_only_with_its_checksum(tmp_path, monkeypatch, folders, capsys):
+    path = tmp_path / "inception-2015-12-05.pt"
+    torch.jit.script(Inception2015()).save(path)
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("loaded before its checksum was known"))
+    argv = ["--real", folders / "real", "--fake", folders / "fake", "--inception", path]
+    assert eval_prx.INCEPTION_SHA256 in refused(capsys, *argv)
+    assert "cannot be read" in refused(capsys, *argv[:5], tmp_path / "gone.pt")
+    monkeypatch.undo()
+    monkeypatch.setattr(eval_prx, "INCEPTION_SHA256", eval_prx.hashlib.sha256(path.read_bytes()).hexdigest())
+    image = picture(299, 299)
+    expected = torch.nn.functional.avg_pool2d((image.float() - 128) / 128, 23).flatten()
+    assert torch.allclose(Features("inception", path)(image[None])[0], expected, atol=1e-5)
 
 
 def test_networks_with_missing_weights_are_refused(tiny, tmp_path):
@@ -209,7 +338,7 @@ def test_two_folders_through_the_command_line(folders, capsys):
 
     main(["--real", real, "--fake", fake, "--out", str(out), "--batch", "5", "--device", "cpu"])
     for key, value in json.loads((out / "metrics.json").read_text())["metrics"]["fake"].items():
-        assert value == pytest.approx(metrics[key], rel=1e-4)
+        assert value == pytest.approx(metrics[key], rel=1e-6)
     main(["--real", real, "--fake", real, "--out", str(out), "--inception", "none", "--device", "cpu"])
     same = json.loads((out / "metrics.json").read_text())["metrics"]["fake"]
     assert same.keys() == {"cmmd", "dino_mmd"} and all(abs(value) < 1e-6 for value in same.values())
@@ -260,10 +389,76 @@ def test_bad_arguments_are_one_sentence(folders, capsys, tmp_path):
     assert "config.json is damaged" in refused(capsys, run)
     (run / "config.json").write_text(json.dumps({"data": "scenes", "track": "micro"}))
     assert "not finished" in refused(capsys, run)
-    (run / "config.json").write_text(json.dumps({"data": "shards/photos", "track": "micro"}))
+    (run / "config.json").write_text(json.dumps({"data": "shards/photos", "track": "micro", "resolution": 32}))
     (run / "transformer").mkdir()
     (run / "transformer/config.json").write_text("{}")
-    assert "shards/photos" in (message := refused(capsys, run)) and "--real" in message
+    assert "shards/photos holds no index.json" in refused(capsys, run)
+
+
+def test_statistics_are_cached_by_content_and_made_again_when_damaged(folders, cache, capsys, monkeypatch):
+    argv = ["--real", str(folders / "real"), "--fake", str(folders / "fake"), "--out", str(folders / "out")]
+    metrics = lambda: json.loads((folders / "out" / "metrics.json").read_text())["metrics"]["fake"]
+    load, read = eval_prx.load_image, []
+    monkeypatch.setattr(eval_prx, "load_image", lambda path: read.append(path.parent.name) or load(path))
+    assert main(argv) == 0 and read.count("real") == 12
+    first, (file,) = metrics(), cache.glob("*.safetensors")
+    (folders / "real" / "0.png").rename(folders / "real" / "00.png")  # the name is not the content
+    assert main(argv) == 0 and read.count("real") == 12 and metrics() == first
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-20] ^= 1
+    for times, damaged in enumerate((whole[:-50], flipped, b""), 2):
+        file.write_bytes(damaged)
+        capsys.readouterr()
+        assert main(argv) == 0 and read.count("real") == 12 * times and metrics() == first
+        assert "the cache is passed over and made again" in capsys.readouterr().out
+        eval_prx.load_statistics(file, {})  # whole again
+    as_pil(picture(48, 48)).save(folders / "real" / "1.png")
+    assert main(argv) == 0 and read.count("real") == 60 and metrics() != first and len(list(cache.iterdir())) == 2
+    assert main([*argv, "--resize", "legacy"]) == 0 and read.count("real") == 72  # another look at the same images
+
+
+def test_a_folder_against_saved_statistics(folders, tiny, capsys):
+    real, fake, stats, out = folders / "real", folders / "fake", folders / "stats.safetensors", folders / "out"
+    argv = ["--fake", str(fake), "--out", str(out)]
+    assert main(["--real", str(real), "--save-stats", str(stats), *argv]) == 0
+    first = json.loads((out / "metrics.json").read_text())
+    shutil.rmtree(real)
+    assert main(["--real", str(stats), *argv]) == 0
+    second = json.loads((out / "metrics.json").read_text())
+    assert second["metrics"] == first["metrics"] and second["protocol_sha256"] == first["protocol_sha256"]
+    assert "stats.safetensors was made with dino" in refused(capsys, "--real", stats, *argv, "--dino", tiny / "dino")
+    assert "--resize" in refused(capsys, "--real", stats, *argv, "--resize", "legacy")
+    (folders / "text.safetensors").write_text("hello")
+    assert "text.safetensors holds no statistics" in refused(capsys, "--real", folders / "text.safetensors", *argv)
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "gif", "tiff", "ppm", "webp", "jpg"])
+def test_any_image_format(tmp_path, suffix):
+    image = torch.full((3, 20, 30), 200, dtype=torch.uint8)
+    as_pil(image).save(tmp_path / f"a.{suffix}")
+    assert (eval_prx.load_image(tmp_path / f"a.{suffix}").int() - 200).abs().max() <= 3
+    assert eval_prx.IMAGE_TYPES.count(f".{suffix}") == 1
+
+
+def test_what_is_there_is_kept_when_a_metric_or_an_image_fails(folders, run, capsys, monkeypatch):
+    out = folders / "out"
+    monkeypatch.setattr(eval_prx, "fid", lambda *_: (_ for _ in ()).throw(train_prx.UserError("it does not converge")))
+    argv = ["--real", str(folders / "real"), "--fake", str(folders / "fake"), "--out", str(out)]
+    assert "fid failed: it does not converge" in refused(capsys, *argv)
+    kept = json.loads((out / "metrics.json").read_text())
+    assert kept["metrics"]["fake"].keys() == {"cmmd", "dino_mmd"} and kept["failed"]
+    fail = lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))
+    monkeypatch.setattr(eval_prx, "compare_with_intervals", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main([str(run), "--n", "8", "--steps", "1", "--out", str(out)])
+    kept = json.loads((out / "metrics.partial.json").read_text())
+    assert kept["metrics"]["eval"].keys() >= {"accuracy", "all"} and kept["metrics"]["unseen"]
+
+
+def test_few_images_are_said_not_to_determine_the_covariance(folders, capsys):
+    assert main(["--real", str(folders / "real"), "--fake", str(folders / "fake")]) == 0
+    assert "12 images do not determine a covariance of 96 features" in capsys.readouterr().out
 
 
 # A run
@@ -273,7 +468,7 @@ def run(tmp_path_factory):
     """The folder of a finished run whose model knows nothing."""
     folder = tmp_path_factory.mktemp("logs") / "run"
     encoder = TextEncoder("tiny")
-    config, _ = parse_args(["--track", "micro", "--hidden", "32", "--depth", "1", "--heads", "2"])
+    config, _ = parse_args(["--track", "micro", "--repa", "0", "--hidden", "32", "--depth", "1", "--heads", "2"])
     model = train_prx.PRX(in_channels=3, patch_size=8, context_in_dim=encoder.width, hidden_size=32, mlp_ratio=2.0,
                           num_heads=2, depth=1, axes_dim=[8, 8], bottleneck_size=None)
     for p in model.parameters():
@@ -297,13 +492,30 @@ def test_a_run_through_the_command_line(run, tmp_path):
     assert first["metrics"].keys() == {"eval", "unseen", "real"}
     for split, values in first["metrics"].items():
         for key, value in values.items():  # the batch size changes nothing
-            assert second["metrics"][split][key] == pytest.approx(value, rel=1e-3, abs=1e-6), (split, key)
+            assert second["metrics"][split][key] == pytest.approx(value, rel=1e-5, abs=1e-8), (split, key)
     protocol = first["protocol"]
     assert protocol["n"] == 24 and protocol["n_unseen"] == 6 and protocol["steps"] == 2 and protocol["cfg_scale"] == 3.0
     assert protocol["scenes"] == scenes.MICRO.protocol and protocol["features"].keys() == {"inception", "clip", "dino"}
     assert protocol["prompts_sha256"] == second["protocol"]["prompts_sha256"]
     assert first["metrics"]["real"]["fid"] < first["metrics"]["eval"]["fid"]  # noise is no scene
+    assert first["intervals"]["eval"].keys() == first["metrics"]["eval"].keys()
+    assert all(low <= first["metrics"]["eval"][key] <= high for key, (low, high) in first["intervals"]["eval"].items())
+    assert 0 < first["bias"]["eval"]["cmmd"] < first["metrics"]["eval"]["cmmd"]
     assert first["seconds"].keys() >= {"load", "sample", "accuracy", "features", "reference", "metrics", "total"}
+
+
+def test_the_protocol_hash_changes_with_what_decides_comparability_and_with_nothing_else(run, tmp_path, capsys):
+    def sha256(*flags):
+        assert main([str(run), "--n", "8", "--steps", "1", "--dino", "none", "--out", str(tmp_path), *flags]) == 0
+        return json.loads((tmp_path / "metrics.json").read_text())["protocol_sha256"]
+
+    base = sha256()
+    assert "records of track micro have 2000" in capsys.readouterr().out
+    for flags in (["--batch", "3"], ["--seed", "5"]):
+        assert sha256(*flags) == base
+    others = [sha256(*flags) for flags in (["--n", "9"], ["--steps", "2"], ["--cfg", "1.5"], ["--sampler", "heun"],
+                                           ["--clip", "none"], ["--resize", "legacy"])]
+    assert len({base, *others}) == 7
 
 
 def test_every_prompt_has_its_own_noise_whatever_the_batch():
@@ -313,6 +525,20 @@ def test_every_prompt_has_its_own_noise_whatever_the_batch():
     flat = torch.cat([noise, *others]).flatten(1)
     assert (torch.corrcoef(flat) - torch.eye(24)).abs().max() < 0.25
     assert noise.mean().abs() < 0.05 and (noise.std() - 1).abs() < 0.05
+
+
+def test_no_two_batches_share_their_noise(tmp_path):
+    """The public implementation starts every batch of every rank from one seed: 10,000 images of 32 noise tensors."""
+    seen = []
+    config = dict(track="micro", resolution=32, shift=1.0, predict="x", seed=0, noise_shape=(3, 32, 32))
+
+    def paint(prompts, noise, *_):
+        seen.append(noise)
+        return torch.zeros(noise.shape, dtype=torch.uint8)
+
+    eval_prx.evaluate_run(config, SceneTask(config, 24), paint, {}, tmp_path, steps=1, cfg=1.0, batch=5, seed=0)
+    noise = torch.cat(seen).flatten(1)
+    assert len(noise) == 24 + 6 and len(noise.unique(dim=0)) == 30
 
 
 def test_a_painter_that_knows_the_answer_gets_full_marks(tmp_path):
@@ -325,9 +551,9 @@ def test_a_painter_that_knows_the_answer_gets_full_marks(tmp_path):
     knows = lambda prompts, *_: torch.stack([answers[p] for p in prompts])
     confuses = lambda prompts, *_: knows(prompts).roll(1, 0)
     networks = {"inception": Features("inception")}
-    options = dict(n=200, steps=1, cfg=1.0, batch=100, seed=0)
-    right = eval_prx.evaluate_run(config, knows, networks, tmp_path, **options)["metrics"]
-    wrong = eval_prx.evaluate_run(config, confuses, networks, tmp_path, **options)["metrics"]
+    options, task = dict(steps=1, cfg=1.0, batch=100, seed=0), SceneTask(config, 200)
+    right = eval_prx.evaluate_run(config, task, knows, networks, tmp_path, **options)["metrics"]
+    wrong = eval_prx.evaluate_run(config, task, confuses, networks, tmp_path, **options)["metrics"]
     assert right["eval"]["accuracy"] > 0.995 and right["unseen"]["accuracy"] > 0.98
     assert wrong["eval"]["accuracy"] < 0.5 and wrong["eval"]["all"] < 0.05
     assert right["eval"]["fid"] == pytest.approx(wrong["eval"]["fid"], rel=1e-6)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train_prx as T
 
-RUN = ("--track micro --hidden 32 --heads 2 --depth 2 --batch 16 --samples 0 --sample-steps 2 --compile off "
+RUN = ("--track micro --repa 0 --ema 0.99 --hidden 32 --heads 2 --depth 2 --batch 16 --samples 0 --sample-steps 2 --compile off "
        "--compute fp32").split()
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -220,6 +220,15 @@ def test_split_qkv_orthogonalises_each_part():
         assert torch.allclose(part, T.orthogonalize(grad[None] * scale)[0], atol=1e-4)
 
 
+def test_64_micro_batches_are_one_batch(in_tmp):
+    run("--batch", 64, "--steps", 6, "--name", "one")
+    run("--batch", 64, "--steps", 6, "--accumulate", 64, "--name", "many")
+    assert np.allclose(losses("one"), losses("many"), rtol=1e-5)
+    one, many = weights("one"), weights("many")
+    worst = max(((one[k] - many[k]).norm() / one[k].norm().clamp(min=1e-3)).item() for k in one)
+    assert worst < 1e-3, worst  # AdamW's first steps divide small differences by small gradients
+
+
 # --- ranks
 
 COUNTING = """
@@ -291,11 +300,13 @@ def test_a_dead_rank_ends_the_others_and_torchrun_starts_the_run_again(in_tmp):
     assert np.allclose(losses("whole")[-5:], losses("r")[-5:], rtol=1e-3)
 
 
-def test_a_rank_that_loses_its_peer_says_so_and_writes_nothing(in_tmp):
+@pytest.mark.parametrize("peer", ["os._exit(9)", "time.sleep(1000)"], ids=["dead", "hung"])
+def test_a_rank_that_loses_its_peer_says_so_and_writes_nothing(in_tmp, peer):
     script = in_tmp / "ranks.py"
-    script.write_text(f"import sys, os\nsys.path.insert(0, {str(T.ROOT)!r})\nimport train_prx as T\n"
+    script.write_text(f"import sys, os, time, datetime\nsys.path.insert(0, {str(T.ROOT)!r})\nimport train_prx as T\n"
+                      "T.World.TIMEOUT = datetime.timedelta(seconds=15)\n"
                       "world = T.setup_world()\nworld.agree(1.0)\n"
-                      "if world.rank == 1: os._exit(9)\n"
+                      f"if world.rank == 1: {peer}\n"
                       "try:\n    world.agree(1.0)\nexcept T.TrainingFailed as error:\n    print(error)\n    os._exit(1)\n")
     from test_preflight import socket
     with socket.socket() as s:
@@ -304,6 +315,7 @@ def test_a_rank_that_loses_its_peer_says_so_and_writes_nothing(in_tmp):
     ranks = [subprocess.Popen([sys.executable, str(script)], env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
     said = ranks[0].communicate(timeout=120)[0]
+    ranks[1].kill()
     assert ranks[0].returncode == 1 and "rank 0 has lost its peers" in said and "the last checkpoint stands" in said
 
 

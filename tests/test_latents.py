@@ -17,7 +17,7 @@ from data.encoders import VAE, TextEncoder
 
 KL = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
           block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
-RUN = ("--track micro --hidden 32 --heads 2 --depth 2 --batch 8 --samples 0 --sample-steps 2 --compile off "
+RUN = ("--track micro --repa 0 --ema 0.99 --hidden 32 --heads 2 --depth 2 --batch 8 --samples 0 --sample-steps 2 --compile off "
        "--compute fp32 --resolution 64").split()
 
 
@@ -216,7 +216,7 @@ def test_scenes_train_in_latents_and_the_export_paints_with_diffusers(in_tmp, va
 
 
 def test_what_prx_pipeline_cannot_do_is_not_exported(in_tmp, vaes, capsys):
-    for name, flags, says in (("pixels", [], "--vae none --predict x"),
+    for name, flags, says in (("pixels", ["--predict", "v"], "--vae none --predict v"),
                               ("flux2", ["--vae", str(vaes / "flux2"), "--patch", "1"], "AutoencoderKLFlux2")):
         assert T.main([*RUN, "--steps", "1", "--name", name, *flags]) == 0
         assert eval_prx.main(["export", f"logs/{name}", "--out", "p"]) == 2

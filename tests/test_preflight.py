@@ -402,7 +402,7 @@ def test_the_micro_plan_knows_what_it_does_not_know(in_tmp, capsys):
     T.main([*MICRO, "--stages", "show"])
     said = capsys.readouterr().out
     row = rows(said)["main"]
-    assert (row["tokens"], row["images/s"], row["epochs"], row["length"]) == ("16", "?", "endless", "4.0 min")
+    assert (row["tokens"], row["images/s"], row["epochs"], row["length"]) == ("16", "?", "endless", "2.0 min")
     assert "unknown on a CPU" in said and "memory" not in said
     T.main([*MICRO, "--stages", "show", "--steps", "1000"])
     row = rows(capsys.readouterr().out)["main"]

@@ -16,7 +16,7 @@ def test_the_benchmark_reports_every_row_and_what_burn_in_frees(tmp_path, capsys
     flags = "--track micro --hidden 32 --heads 2 --depth 3 --batch 8 --tread-blocks 1-1 --repa-layer 1 --compute fp32".split()
     bench.main([*flags, "--turns", "1", "--steps-per-turn", "1", "--out", str(tmp_path / "b.json")])
     result = json.loads((tmp_path / "b.json").read_text())
-    assert set(result["rows"]) == set(bench.ROWS) and result["rows"]["plain"]["ratio"] == 1
+    assert set(result["rows"]) == set(bench.TECHNIQUES) and result["rows"]["plain"]["ratio"] == 1
     for row in result["rows"].values():
         assert row["images_per_s"] == pytest.approx(8 / row["ms"] * 1e3) and row["parts_ms"]["optimizer"] > 0
     teacher = 1_000_000  # bytes of the embedded one
@@ -37,3 +37,18 @@ def test_the_ablation_table_is_made_from_its_log(tmp_path, monkeypatch):
     assert "1.20" in lines[4] and lines[4].endswith("| 40.00 |")
     assert ablate.flags_of("Muon")[:2] == ["--recipe", "tuned-baseline"] and ablate.flags_of("default recipe") == [
         "--recipe", "default"]
+
+
+def test_the_benchmark_of_ranks_counts_bytes_and_memory(tmp_path):
+    import subprocess
+    done = subprocess.run([sys.executable, str(ROOT / "records/bench_ranks.py"), "--ranks", "1", "2", "--steps-of-each", "2",
+                           "--out", str(tmp_path / "r.json"), *"--track micro --repa 0 --hidden 32 --heads 2 --depth 2 --batch 8 "
+                           "--compute fp32 --tread-blocks 0-0".split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "r.json").read_text())
+    one, two = result["rows"]
+    assert two["wire_bytes"] > two["ring_bytes"]["gradients"] > 0 and sum(one["ring_bytes"].values()) == 0
+    assert two["memory_bytes"] < one["memory_bytes"] == two["unsharded_bytes"] and two["stall_ms"] > 0
+    gpus = result["computed"]  # masters, EMA and state are an eighth of their whole, gradients are whole
+    whole = gpus["unsharded_bytes"] - 4 * gpus["parameters"]
+    assert gpus["memory_bytes"] == pytest.approx(whole / 8 + 4 * gpus["parameters"], rel=0.1)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import train_prx as T
 from data.shards import ShardData
 
-TINY = ("--track micro --hidden 32 --heads 2 --depth 2 --batch 16 --samples 0 --sample-steps 2 --compile off "
+TINY = ("--track micro --repa 0 --ema 0.99 --hidden 32 --heads 2 --depth 2 --batch 16 --samples 0 --sample-steps 2 --compile off "
         "--compute fp32").split()
 LATENT = dict(vae="v", type="AutoencoderKL", channels=4, factor=8, scale=0.5, shift=0.1, sha256="ab")
 
@@ -69,7 +69,7 @@ def write_shards(folder: Path, parts=((20, 32, 32, "train"), (14, 32, 32, "train
 
 
 def config(data, **kw):
-    return T.dataclasses.replace(T.TRACKS["micro"][0], data=str(data), **kw)
+    return T.dataclasses.replace(T.TRACKS["micro"][0], data=str(data), **dict(repa=0.0) | kw)
 
 
 def numbers(texts):

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import train_prx as T
+from data import encoders
 
 SIZE = dict(in_channels=3, patch_size=4, context_in_dim=20, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=5)
-RUN = ("--track micro --hidden 32 --heads 2 --depth 4 --batch 16 --samples 0 --sample-steps 2 --compile off "
+RUN = ("--track micro --repa 0 --ema 0.99 --hidden 32 --heads 2 --depth 4 --batch 16 --samples 0 --sample-steps 2 --compile off "
        "--compute fp32 --tread-blocks 1-2 --repa-layer 2").split()
 
 
@@ -228,7 +229,7 @@ def teachers(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["dinov3", "dinov2", "plain"])
 def test_a_teachers_grid_is_the_token_grid_and_special_tokens_are_dropped(teachers, kind):
-    teacher = T.Teacher("repa-teacher", str(teachers / kind))
+    teacher = encoders.Teacher("repa-teacher", str(teachers / kind))
     images = torch.rand(2, 3, 48, 64) * 2 - 1
     features = teacher(images, 3, 4)
     p = teacher.patch
@@ -243,7 +244,7 @@ def test_a_teachers_grid_is_the_token_grid_and_special_tokens_are_dropped(teache
 
 
 def test_p_dino_is_one_minus_cosine_and_its_gradient_reaches_the_pixels(teachers):
-    teacher = T.Teacher("pdino-teacher", str(teachers / "plain"))
+    teacher = encoders.Teacher("pdino-teacher", str(teachers / "plain"))
     x, x_0 = torch.rand(2, 2, 3, 56, 56) * 2 - 1
     x.requires_grad_(True)
     loss = T.perceptual_loss(teacher, x, x_0)
@@ -325,7 +326,7 @@ def test_burn_in_frees_the_teacher_and_the_projector_and_resumes(in_tmp, teacher
     assert "REPA ends at step 3: the teacher is gone" in capsys.readouterr().out
     for stop in (2, 5, 0):  # before the end of the burn-in and after it
         if stop == 0:
-            monkeypatch.setattr(T, "Teacher", None)  # nobody needs it any more
+            monkeypatch.setattr(encoders, "Teacher", None)  # nobody needs it any more
         run(*flags, "--name", "cut", "--stop-after", stop)
     assert losses("whole") == losses("cut")
     state = Path("logs/cut/checkpoint")
@@ -396,7 +397,7 @@ def test_a_teacher_that_lacks_weights_is_refused(teachers, tmp_path):
     del tensors["norm.weight"]
     T.save_file(tensors, tmp_path / "t/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(T.UserError, match="it lacks weights such as norm.weight"):
-        T.Teacher("repa-teacher", str(tmp_path / "t"))
+        encoders.Teacher("repa-teacher", str(tmp_path / "t"))
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -20,7 +20,7 @@ from data.scenes import SceneData
 from data.settings import HELP
 
 SCRIPT = Path(T.__file__)
-TINY = ("--track micro --hidden 32 --heads 2 --depth 2 --batch 16 --samples 0 --sample-steps 2 --compile off "
+TINY = ("--track micro --repa 0 --ema 0.99 --hidden 32 --heads 2 --depth 2 --batch 16 --samples 0 --sample-steps 2 --compile off "
         "--compute fp32").split()
 
 

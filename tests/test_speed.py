@@ -1,0 +1,175 @@
+"""What makes the step fast or small changes nothing in it: FP8, recomputation, symmetric products; and the benchmark."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_prx as T
+
+sys.path.insert(0, str(T.ROOT / "records"))
+import bench  # noqa: E402
+
+SIZE = dict(in_channels=3, patch_size=4, context_in_dim=20, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=3)
+SMALL = "--track micro --hidden 32 --heads 2 --depth 3 --batch 8 --tread-blocks 1-1 --repa-layer 1".split()
+
+
+def randomised(**more):
+    model = T.PRX(**SIZE, **more)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator) * 0.1 + (p.ndim == 1)
+    return model
+
+
+def inputs(n=4):
+    g = torch.Generator().manual_seed(1)
+    mask = torch.ones(n, 8, dtype=torch.bool)
+    mask[0, 5:] = False
+    return torch.randn(n, 3, 16, 16, generator=g), torch.rand(n, generator=g), torch.randn(n, 8, 20, generator=g), mask
+
+
+def gradients(model, *args):
+    model.zero_grad()
+    out = model(*args)
+    out.float().square().mean().backward()
+    return out, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def relative(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+@pytest.mark.parametrize("n, m", [(1024, 1100), (1030, 1030), (64, 100)])
+def test_a_symmetric_product_of_three_blocks_is_the_product(n, m):
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(2, n, m, generator=g) / m ** 0.5
+    A = T.gram(X)
+    assert torch.allclose(A, X @ X.mT, atol=1e-5) and torch.equal(A[:, n // 2:, :n // 2], A[:, :n // 2, n // 2:].mT)
+    assert torch.allclose(T.gram(A, A, -4.775, 2.0315), -4.775 * A + 2.0315 * A @ A, atol=1e-4)
+
+
+def test_recomputation_gives_the_same_gradients_bit_for_bit():
+    model = randomised()
+    for keep in (None, T.route(4, torch.zeros(4, 3, 16, 16), 4, 0.5, torch.Generator().manual_seed(0))):
+        model.span, args = (1, 1), inputs()
+        seen = []
+        for model.recompute in (False, True):
+            model.zero_grad()
+            out = model(*args, keep=keep)
+            out = out[0] if isinstance(out, tuple) else out
+            out.square().mean().backward()
+            seen.append((out.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+        (out, grads), (out_2, grads_2) = seen
+        assert torch.equal(out, out_2) and all(torch.equal(grads[n], grads_2[n]) for n in grads)
+
+
+def test_fp8_rounds_each_tensor_with_its_own_scale_and_nothing_else():
+    """Against products of the rounded values in float64; the gradient of the output is rounded to e5m2."""
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(s, generator=g).bfloat16().requires_grad_(True) for s in ((48, 32), (64, 32)))
+    grad = torch.randn(48, 64, generator=g).bfloat16()
+
+    def rounded(v, dtype):
+        scale = v.detach().abs().max().float() / torch.finfo(dtype).max
+        return (v.detach().float() / scale).to(dtype).double() * scale.double()
+
+    y = T.Fp8Product.apply(x, w)
+    y.backward(grad)
+    X, W, G = rounded(x, torch.float8_e4m3fn), rounded(w, torch.float8_e4m3fn), rounded(grad, torch.float8_e5m2)
+    for got, expected in ((y, X @ W.T), (x.grad, G @ W), (w.grad, G.T @ X)):
+        assert relative(got, expected) < 4e-3 and got.dtype == torch.bfloat16  # the result's own rounding
+    assert 5e-3 < relative(y, x.double() @ w.double().T) < 6e-2
+    assert T.to_fp8(torch.zeros(3), torch.float8_e4m3fn)[0].float().abs().sum() == 0
+
+
+def test_a_model_in_fp8_deviates_from_bf16_by_a_few_per_cent_and_modulation_stays_out():
+    model = randomised().set_compute_dtype(torch.bfloat16)
+    args = inputs()
+    exact, exact_grads = gradients(model, *args)
+    model.set_compute_dtype(torch.bfloat16, True)
+    flags = {n: m.fp8 for n, m in model.named_modules() if isinstance(m, T.Linear)}
+    assert flags["blocks.0.attention.img_qkv_proj"] and flags["blocks.2.down_proj"]
+    assert not any(on for n, on in flags.items() if "modulation" in n or not n.startswith("blocks."))
+    coarse, coarse_grads = gradients(model, *args)
+    assert 1e-4 < relative(coarse, exact) < 0.1
+    assert all(relative(coarse_grads[n], exact_grads[n]) < 0.5 for n in exact_grads)
+    assert not torch.equal(coarse, exact)
+
+
+def test_fp8_trains_and_its_contradictions_are_refused(in_tmp, capsys):
+    run = [*SMALL, "--compute", "bf16", "--samples", "0", "--sample-steps", "2", "--compile", "off", "--steps", "6"]
+    assert T.main([*run, "--fp8", "--name", "fp8"]) == 0 and T.main([*run, "--name", "bf16"]) == 0
+    a, b = ([x for r in T.read_metrics(Path("logs") / n) for x in r.get("losses", [])] for n in ("fp8", "bf16"))
+    assert a != b and a == pytest.approx(b, rel=0.05)
+    assert T.main([*run, "--fp8", "--recompute", "--name", "both"]) == 0
+    capsys.readouterr()
+    assert T.main([*run, "--fp8", "--compute", "fp32"]) == 2
+    assert "--fp8 and --compute fp32 contradict each other" in capsys.readouterr().err
+    assert T.main([*run, "--fp8", "--hidden", "40"]) == 2
+    assert "multiples of 16" in capsys.readouterr().err
+
+
+def test_bench_and_profile_of_the_script(in_tmp, capsys):
+    assert T.main([*SMALL, "--bench", "--name", "b"]) == 0
+    said, result = capsys.readouterr().out, json.loads(Path("logs/b/bench.json").read_text())
+    assert "wrote logs/b/bench.json" in said and set(result["rows"]) == set(bench.TECHNIQUES)
+    assert {"EMA update", "checkpoint stall", "loader (scenes)"} <= set(result["once_ms"])
+    sent = result["one_of_8_ranks"]["bytes_sent"]
+    assert sent["gradients"] >= 4 * 7 / 8 * sum(p.numel() for p in T.PRX(**SIZE | dict(context_in_dim=96)).parameters())
+    assert T.main([*SMALL, "--profile", "--repa", "0.5", "--name", "p"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("calls/step") == 10 and "wrote logs/p/trace.json" in said
+    assert json.loads(Path("logs/p/trace.json").read_text())["traceEvents"]
+    assert not Path("logs/b/checkpoint").exists()
+
+
+def test_peers_paint_the_same_and_are_timed_in_the_same_run(tmp_path, capsys):
+    result = bench.main([*SMALL, "--compute", "fp32", "--peers", "diffusers", "--turns", "1", "--steps-per-turn", "1",
+                         "--out", str(tmp_path / "p.json")])
+    assert result["largest_difference"]["diffusers"] < 1e-5
+    theirs = [row for row in result["rows"] if row.startswith("diffusers")]
+    assert len(theirs) == 4 and all(result["rows"][row]["ours_over_it"] > 0 for row in theirs)
+    row = result["rows"]["diffusers, eager, Muon"]
+    ours = result["rows"]["ours, compiled, Muon"]
+    assert row["ours_over_it"] == pytest.approx(ours["images_per_s"] / row["images_per_s"])
+    assert "over diffusers, eager, Muon" in capsys.readouterr().out
+    with pytest.raises(T.UserError, match="holds no prx/models/prx.py"):
+        bench.main([*SMALL, "--peers", str(tmp_path)])
+
+
+def test_the_peers_loss_is_ours(tmp_path):
+    """Both sides of the benchmark do the same work: one step of diffusers' model with AdamW moves the weights as ours."""
+    c = dataclasses.replace(bench.parse_args([*SMALL, "--compute", "fp32", "--optimizer", "adamw", "--compile", "off",
+                                              "--ema", "0", "--steps", "1"])[0], **bench.OFF)
+    ours = bench.Ours(c, torch.device("cpu"), *bench.shapes_of(c))
+    weights = {k: torch.randn(v.shape, generator=torch.Generator().manual_seed(3)) * 0.1 + (v.ndim == 1)
+               for k, v in ours.model.state_dict().items()}
+    ours.model.load_state_dict(weights)
+    theirs = bench.Peer("diffusers", "eager, AdamW", ours)
+    b = ours.batch
+    ours_loss = T.flow_matching_loss(ours.model, b.x_0, b.eps, b.t, b.text, b.mask, c.predict, 0.0, None, None)[0].mean()
+    ours_loss.backward()
+    captured = {}
+    theirs.optimizers[0].step = lambda: captured.update({n: p.grad.clone() for n, p in theirs.net.named_parameters()})
+    theirs.c = dataclasses.replace(c, clip=1e9)
+    theirs.step()
+    for name, p in ours.model.named_parameters():
+        assert relative(captured[name], p.grad) < 1e-4, name
+
+
+def test_the_sweep_plots_cost_against_size(tmp_path):
+    result = bench.main([*SMALL, "--compute", "fp32", "--sweep", "--turns", "1", "--steps-per-turn", "1",
+                         "--out", str(tmp_path / "s.json")])
+    assert set(result["sweep"]) == {"depth", "width", "image tokens", "batch"}
+    depth = result["sweep"]["depth"]
+    assert depth[0]["flop_floor_images_per_s"] > depth[-1]["flop_floor_images_per_s"] > 0
+    assert (tmp_path / "s.png").stat().st_size > 10_000
+
+
+def test_rows_that_do_not_exist_are_refused():
+    with pytest.raises(T.UserError, match="--rows nothing is unknown"):
+        bench.main([*SMALL, "--rows", "nothing"])
