@@ -9,7 +9,7 @@ Everything a run produces is in logs/NAME: log.txt (this source included), metri
 checkpoint/ and transformer/, which diffusers' PRXTransformer2DModel loads. `python eval_prx.py logs/NAME` measures it.
 
 Best record so far: `micro`, 96.12 % prompt accuracy (mean of 3 seeds, worst 95.67 %) in 60 seconds on 2 cores of an
-Intel Xeon with AMX BF16, torch 2.13.0, 2026-11-24. Logs and rules: records/README.md.
+Intel Xeon with AMX BF16, torch 2.13.0, 2026-11-24, by the script in that log. Logs and rules: records/README.md.
 Model: PRX, Photoroom 2026, as in diffusers' `PRXTransformer2DModel`.
 """
 
@@ -857,7 +857,8 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 
 class MuonAdamW:
-    """Muon (as torch.optim.Muon with match_rms_adamw) and AdamW (as torch.optim.AdamW) over flat FP32 vectors.
+    """Muon (as torch.optim.Muon with match_rms_adamw; --ns classic is its iteration) and AdamW (as torch.optim.AdamW)
+    over flat FP32 vectors.
 
     Every parameter is owned by one rank. A rank's parameters lie one after the other in a flat vector: first its Muon
     matrices, shape by shape, so that a stack of them is a view, then the rest. The gradients of all parameters are
@@ -1075,7 +1076,7 @@ def host_batches(data, c: Config, skip: int, step: int, rows: slice):
 class Prefetch:
     """Runs an iterator in a thread, `depth` items ahead. Its exceptions come out of next(); stall counts the wait.
 
-    Depth 0 runs it in the caller: on two CPU cores its OpenMP team fights the model's, 312 against 385 images/s.
+    Depth 0 runs it in the caller: on two CPU cores its OpenMP team fights the model's, 316 against 378 images/s.
     """
 
     def __init__(self, iterator, depth: int):
@@ -1455,15 +1456,16 @@ def train(config: Config, stages: list[Stage]) -> int:
     if config.weights == "bf16":
         log("--weights bf16 stores the weights in BF16, where small updates round away to nothing: an ablation of how "
             "training fails silently, not a setting to use")
-    # On two cores compiling takes 17 s and a micro step goes from 195 to 145 ms (records/speed.md)
+    # On two cores compiling takes 17 s and saves a fifth to a third of a micro step (records/speed.md)
     long = config.steps >= 400 or config.hours >= 1.5 / 60
     compiled = config.compile == "on" or config.compile == "auto" and (device.type == "cuda" or long)
-    # Which vector instructions there are says the processor; trying the compiler with each took 6 of 29 s
-    torch._inductor.config.cpp.vec_isa_ok = True
-    frozen = [net.model for net in (teacher, critic) if net and device.type == "cuda"]  # on CPUs it costs 7 s, saves 2
-    for module in [*model.blocks, *frozen] if compiled else ():
-        module.compile(dynamic=False)  # one graph for all blocks, per image shape and text length
-    torch._dynamo.config.recompile_limit = 64  # that many such shapes; after the 8 of the default it would run eagerly
+    frozen = [net.model for net in (teacher, critic) if net and device.type == "cuda"]  # on CPUs it costs 8 s, saves 2
+    if compiled:
+        # Which vector instructions there are says the processor; trying the compiler with each took 6 of 29 s
+        torch._inductor.config.cpp.vec_isa_ok = True
+        torch._dynamo.config.recompile_limit = 64  # shapes; after the default, 8, it would run eagerly
+        for module in [*model.blocks, *frozen]:
+            module.compile(dynamic=False)  # one graph for all blocks, per shape
 
     if checkpoint:
         load_checkpoint(checkpoint, optimizers)

@@ -65,8 +65,11 @@ def choose_stages(config: Config, stages: list[Stage], overlay: dict) -> list[St
         stages = [s for s in stages if s.name in names]
     stages = [Stage(s.name, s.share, {k: v for k, v in s.knobs.items() if k not in overlay}
                     | (dict(data=config.sft_data) if s.name == "sft" else {})) for s in stages]
-    for stage in stages:
-        check_config(dataclasses.replace(config, **stage.knobs))
+    configs = [dataclasses.replace(config, **stage.knobs) for stage in stages]
+    if config.guidance == "self" and not any(c.tread for c in configs):  # stages without routing are sampled with CFG
+        raise UserError("--guidance self compares full with routed tokens and needs --tread")
+    for c in configs:
+        check_config(c)
     return stages
 
 
@@ -116,7 +119,6 @@ def check_config(c):
     need(not c.fp8 or c.hidden % 16 == 0 and int(c.hidden * c.mlp_ratio) % 16 == 0,
          f"--fp8 needs widths that are multiples of 16, unlike --hidden {c.hidden} with --mlp-ratio {c.mlp_ratio}")
     need(not c.pdino or c.vae == "none", "--pdino compares pixels and works in pixel space only; give --vae none")
-    need(c.guidance == "cfg" or c.tread, "--guidance self compares full with routed tokens and needs --tread")
     need(not c.contrastive or c.batch // c.accumulate % NEGATIVES == 0,
          f"--contrastive compares groups of {NEGATIVES} samples, and --batch {c.batch} over --accumulate "
          f"{c.accumulate} is not a multiple")

@@ -2,11 +2,11 @@
 
     python records/search.py            # runs what is missing in records/micro_search.jsonl, then prints it, best first
 
-Every trial sees 38,400 images, a little less than half of what fits into the track's length, at a declared number of
-steps, so that a busy machine slows a trial down but does not change it. It is judged by prompt accuracy on the first
+Every trial sees 38,400 images, a little less than half of what then fitted into the track's length, at a declared
+number of steps, so that a busy machine slows a trial down but does not change it. It is judged by accuracy on the first
 500 held-out prompts (16 Euler steps, guidance 3); results are confirmed on others. Trials were added as results came
 in. One seed: this chooses settings, it proves nothing. `seconds` were taken on a machine that was busy with other
-things, and while the script got faster: they do not compare.
+things, and while the script got faster: they do not compare. THEN is what has changed in the default recipe since.
 """
 
 import json
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 LOG = ROOT / "records/micro_search.jsonl"
 
+THEN = "--ns classic --ns-steps 5 --repa 0 --ema 0.99 --ema-every 4 --decay-from 0.3"
 OURS = "--lr 5e-3 --lr-adamw 3e-3 --shift 2"
 BASE = "--recipe baseline --shift 2"
 B128, B64 = "--batch 128 --steps 300", "--batch 64 --steps 600"
@@ -37,9 +38,10 @@ def trial(flags: str, name: str = "search") -> dict:
 
     import train_prx as T
     from data import scenes as S
+    from data.encoders import TextEncoder
 
     command = [sys.executable, str(ROOT / "train_prx.py"), "--track", "micro", "--name", name, "--resume", "never",
-               "--samples", "0", *flags.split()]
+               "--samples", "0", *(() if "--recipe" in flags else THEN.split()), *flags.split()]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     run = Path("logs") / name
     config = json.loads((run / "config.json").read_text())
