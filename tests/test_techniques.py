@@ -419,6 +419,13 @@ def test_what_cannot_work_is_refused(in_tmp, capsys, flags, says):
     assert says in err and err.count("\n") == 1
 
 
+def test_self_guidance_needs_one_stage_that_routes_not_all():
+    from data.settings import parse_args
+
+    config, stages = parse_args(["--guidance", "self"])  # 24h, whose 256 px stage does not route
+    assert config.guidance == "self" and [s.knobs.get("tread", 0) for s in stages] == [0, 0.5]
+
+
 def test_repa_without_images_is_refused(in_tmp, capsys):
     from test_shards import LATENT, write_shards
 
