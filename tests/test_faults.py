@@ -207,7 +207,7 @@ def test_newton_schulz_brings_singular_values_to_one(coefficients, worst):
 def test_split_qkv_orthogonalises_each_part():
     model = T.PRX(in_channels=3, patch_size=4, context_in_dim=8, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=1)
     model.initialize(0)
-    c = T.dataclasses.replace(T.Config(), split_qkv=True, lr=1.0, clip=0.0, ema=0.0, momentum=0.0)
+    c = T.dataclasses.replace(T.Config(), split_qkv=True, ns="classic", lr=1.0, clip=0.0, ema=0.0, momentum=0.0)
     optimizer = T.MuonAdamW(model.named_parameters(), c)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     g = torch.Generator().manual_seed(1)
@@ -255,8 +255,11 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("ranks, ns", [(2, "polar"), (4, "classic"), pytest.param(8, "classic", marks=pytest.mark.slow),
-                                       pytest.param(8, "polar", marks=pytest.mark.slow)])
+SLOW = [pytest.param(ranks, ns, marks=pytest.mark.slow) for ranks, ns in (
+    (2, "classic"), (4, "polar"), (8, "classic"), (8, "polar"))]
+
+
+@pytest.mark.parametrize("ranks, ns", [(2, "polar"), (4, "classic"), *SLOW])
 def test_any_number_of_ranks_follows_one_and_orthogonalises_each_matrix_once(in_tmp, ranks, ns):
     """50 steps; 2 blocks have 14 matrices of Muon's, which neither 4 nor 8 ranks divide."""
     script = in_tmp / "counting.py"
