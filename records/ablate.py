@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 # The baseline is PRX part 2's recipe with its rate tuned for scenes (records/micro_search.jsonl): AdamW 2e-3, constant,
 # no EMA. Muon runs at the rates that the same search chose for it.
 BASE = "--recipe tuned-baseline"
-MUON = "--optimizer muon --lr 5e-3 --lr-adamw 3e-3 --ns classic --ns-steps 5"
+MUON = "--optimizer muon --lr 5e-3 --lr-adamw 3e-3 --ns classic --ns-steps 5 --momentum 0.95 --modulation muon"
 ROWS = {
     "baseline": "", "Muon": MUON, "REPA": "--repa 0.5", "REPA, first half": "--repa 0.5 --repa-until 0.5",
     "iREPA": "--repa 0.5 --repa-kind irepa", "TREAD 50 %": "--tread 0.5",
@@ -36,8 +36,7 @@ ROWS = {
     "contrastive 0.05": "--contrastive 0.05", "v-prediction": "--predict v", "P-DINO 0.01": "--pdino 0.01",
     "short captions": "--captions short", "long/short mix 0.2": "--captions mix:0.2", "BF16 weights": "--weights bf16",
     "EMA 0.99": "--ema 0.99 --ema-every 4", "decay from 0.3": "--decay-from 0.3", "Muon and REPA": MUON + " --repa 0.5",
-    "first record's recipe": ("--recipe default --ns classic --ns-steps 5 --repa 0 --ema 0.99 --ema-every 4 "
-                              "--decay-from 0.3"),
+    "first record's recipe": MUON + " --recipe default --batch 64 --repa 0 --ema 0.99 --ema-every 4 --decay-from 0.3",
     "default recipe": "--recipe default",
 }
 PUBLISHED = {  # FID of PRX part 2 at 256 px: baseline 18.20

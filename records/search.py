@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 LOG = ROOT / "records/micro_search.jsonl"
 
-THEN = "--ns classic --ns-steps 5 --repa 0 --ema 0.99 --ema-every 4 --decay-from 0.3"
+THEN = "--ns classic --ns-steps 5 --momentum 0.95 --modulation muon --repa 0 --ema 0.99 --ema-every 4 --decay-from 0.3"
 OURS = "--lr 5e-3 --lr-adamw 3e-3 --shift 2"
 BASE = "--recipe baseline --shift 2"
 B128, B64 = "--batch 128 --steps 300", "--batch 64 --steps 600"

@@ -213,3 +213,25 @@ def test_all_parameters_of_prx_have_their_group():
     assert {re.sub(r"^blocks\.\d+\.", "", n) for n in muon} == {
         "attention.img_qkv_proj.weight", "attention.txt_kv_proj.weight", "attention.to_out.0.weight",
         "gate_proj.weight", "up_proj.weight", "down_proj.weight", "modulation.lin.weight"}
+    for who in ("muon", "adamw"):  # the modulations are Muon's or AdamW's, the rest stays where it was
+        optimizer = T.MuonAdamW(T.PRX(hidden_size=32, num_heads=2, depth=2, context_in_dim=8).named_parameters(),
+                                dataclasses.replace(MUON, modulation=who))
+        theirs = {n for n, is_muon in optimizer.is_muon.items() if not is_muon and n.startswith("blocks.")}
+        assert {n for n in theirs if n.endswith("modulation.lin.weight")} == (set() if who == "muon" else {
+            "blocks.0.modulation.lin.weight", "blocks.1.modulation.lin.weight"})
+        assert sum(shape[0] for _, _, shape in optimizer.stacks) == 2 * (7 if who == "muon" else 6)
+
+
+def test_modulations_left_to_adamw_move_as_in_torch():
+    model = T.PRX(hidden_size=32, num_heads=2, depth=1, context_in_dim=8).initialize(0)
+    name = "blocks.0.modulation.lin.weight"
+    theirs = torch.nn.Parameter(model.state_dict()[name].clone())
+    optimizer = T.MuonAdamW(model.named_parameters(), dataclasses.replace(MUON, modulation="adamw"))
+    oracle = torch.optim.AdamW([theirs], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    for i in range(5):
+        feed(dict(model.named_parameters()), i)
+        theirs.grad = dict(model.named_parameters())[name].grad.clone()
+        optimizer.accumulate()
+        optimizer.step()
+        oracle.step()
+    assert relative(dict(model.named_parameters())[name], theirs) < 1e-6

@@ -173,7 +173,8 @@ def test_another_run_can_be_gone_on_from_and_then_stands_alone(in_tmp):
 
 def test_stages_change_their_knobs_at_their_share_and_resume_inside_one(in_tmp, monkeypatch):
     stages = [T.Stage("a", 0.5), T.Stage("b", 0.5, dict(resolution=16, batch=8, captions="short", shift=3.0, lr=1e-3))]
-    monkeypatch.setitem(T.TRACKS, "micro", (T.TRACKS["micro"][0], stages))
+    c = T.TRACKS["micro"][0]
+    monkeypatch.setitem(T.TRACKS, "micro", (c, stages))
     seen, real, step = [], T.host_batches, T.MuonAdamW.step
 
     def spy(data, c, *rest):
@@ -188,9 +189,10 @@ def test_stages_change_their_knobs_at_their_share_and_resume_inside_one(in_tmp, 
     for name, stops in (("whole", [0]), ("cut", [3, 7, 0])):
         for stop in stops:
             assert T.main([*flags, "--steps", "10", "--name", name, "--stop-after", str(stop)]) == 0
-        assert seen == [(64, 3, 32, 32, 1.0)] * 5 + [(8, 3, 16, 16, 3.0)] * 5 and rates == [5e-3] * 5 + [1e-3] * 5
+        assert seen == [(c.batch, 3, 32, 32, 1.0)] * 5 + [(8, 3, 16, 16, 3.0)] * 5
+        assert rates == [c.lr] * 5 + [1e-3] * 5
         seen.clear(), rates.clear()
-    assert same(weights("whole"), weights("cut")) and metrics("whole")[-1]["samples"] == 5 * 64 + 5 * 8
+    assert same(weights("whole"), weights("cut")) and metrics("whole")[-1]["samples"] == 5 * c.batch + 5 * 8
 
 
 def test_the_rate_warms_up_stays_and_decays():
