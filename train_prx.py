@@ -136,6 +136,7 @@ class Config:
     ema_every: int = 10  # steps between its updates
     # precision and speed
     weights: str = "fp32"  # fp32 | bf16: what masters are stored in. FID 18.20 -> 21.87 in BF16: an ablation, part 2
+    wire: str = "fp32"  # fp32 | bf16: what gradients travel in between ranks. BF16 halves them and sums in BF16
     compute: str = "auto"  # auto | bf16 | fp32, of matmuls; masters stay FP32. FID 18.20, 21.87 otherwise, part 2
     deterministic: bool = False  # bit-identical runs on CUDA, too; slower there (not measured). CPUs always are
     compile: str = "auto"  # auto | on | off: torch.compile of the blocks; auto: where it pays back within the run
@@ -977,9 +978,10 @@ class MuonAdamW:
         self.steps += 1
         grad = self.grads[0]
         if self.world.size > 1:
-            grad = torch.empty_like(self.master)
-            reduce_scatter(grad, self.grads.view(-1))
-            grad /= self.world.size
+            wire = torch.bfloat16 if c.wire == "bf16" else torch.float32
+            grad = torch.empty_like(self.master, dtype=wire)
+            reduce_scatter(grad, self.grads.view(-1).to(wire))
+            grad = grad.float() / self.world.size
         square = torch.linalg.vector_norm(grad).square()
         if self.world.size > 1:
             dist.all_reduce(square)

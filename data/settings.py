@@ -82,8 +82,7 @@ def check_config(c):
     for knob, options in dict(predict="x v", optimizer="muon adamw", compute="auto bf16 fp32",
                               compile="auto on off", repa_kind="repa irepa",
                               tread_select="random learned", weights="fp32 bf16", guidance="cfg self",
-                              ns="classic polar",
-                              modulation="muon adamw").items():
+                              ns="classic polar", modulation="muon adamw", wire="fp32 bf16").items():
         need(getattr(c, knob) in options.split(),
              f"{flag(knob)} {getattr(c, knob)} is unknown; use one of {', '.join(options.split())}")
     for knob in ("batch", "accumulate", "hidden", "depth", "heads", "patch", "text_tokens", "lr", "lr_adamw",

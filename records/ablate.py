@@ -3,16 +3,18 @@
     python records/ablate.py --track micro --seeds 3             # run what is missing, seed by seed, row by row
     python records/ablate.py --track micro --table               # the table and the plots from the logs alone
 
-All rows train for the same number of steps from the same seeds (the baseline with one thing changed), a row after the
-other within a seed, so that a slow hour of the machine hits all alike. Each run is judged on 500 held-out prompts by
-eval_prx.py. A run that is there is not made again: stop it at any time, go on later. One JSON line per run goes to
-records/ablations/TRACK.jsonl; loss by noise level and what BF16 storage loses to TRACK.curves.json.
+All rows see the same number of images from the same seeds (the baseline with one thing changed, in as many steps unless
+the row's batch is another), a row after the other within a seed, so that a slow hour of the machine hits all alike.
+Each run is judged on 500 held-out prompts by eval_prx.py. A run that is there is not made again: stop it at any time,
+go on later. One JSON line per run goes to records/ablations/TRACK.jsonl; loss by noise level and what BF16 storage
+loses to TRACK.curves.json.
 
 Equal time: images/s of the rows are measured in turns in one process (--speed), because machines are noisy; with
 --equal-time the rows that change throughput run once more for as many steps as the baseline's time allows.
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import statistics
@@ -50,6 +52,11 @@ METRICS = ("accuracy", "fid", "cmmd", "dino_mmd")
 def flags_of(row: str) -> list[str]:
     own = ROWS[row].split()
     return own if "--recipe" in own else BASE.split() + own
+
+
+def batch_of(track: str, row: str) -> int:
+    from data.settings import parse_args
+    return parse_args(["--track", track, "--steps", "1", *flags_of(row)])[0].batch
 
 
 def records(track: str) -> list[dict]:
@@ -122,21 +129,27 @@ def speed(track: str, turns: int, extra: list[str]):
     T, median = bench.T, statistics.median
     device, flags = T.setup_world().device, ["--track", track, "--steps", "1", "--compile", "on"]
     configs = {row: bench.parse_args([*flags, *flags_of(row), *extra])[0] for row in ROWS}
+    configs |= {f"{row}, ended": dataclasses.replace(c, repa=0.0) for row, c in configs.items()
+                if c.repa and c.repa_until < 1}  # what follows the burn-in
     c = configs["baseline"]
     teacher = encoders.Teacher("repa-teacher", c.repa_teacher, device)
     settings = {row: bench.Ours(config, device, *bench.shapes_of(config), teacher) for row, config in configs.items()}
     times, _ = bench.in_turns(settings, turns, 4)
-    batches, encoder = T.host_batches(SceneData(c), c, 0, 0, slice(0, c.batch)), encoders.TextEncoder(
-        c.text, device, c.text_tokens, c.text_pad)
-    shared = []
-    for _ in range(12):
-        start = time.perf_counter()
-        encoder.encode(next(batches)[2])
-        shared.append(time.perf_counter() - start)
-    step = {row: [median(lap["step"] for lap in laps[i:i + 4]) + median(shared) for i in range(0, len(laps), 4)]
-            for row, laps in times.items()}
-    step["REPA, first half"] = [(a + b) / 2 for a, b in zip(step["REPA"], step["baseline"])]
-    rates = {row: [c.batch / seconds for seconds in values] for row, values in step.items()}
+    encoder, shared = encoders.TextEncoder(c.text, device, c.text_tokens, c.text_pad), {}
+    for c in {c.batch: c for c in configs.values()}.values():
+        batches = T.host_batches(SceneData(c), c, 0, 0, slice(0, c.batch))
+        shared[c.batch] = []
+        for _ in range(12):
+            start = time.perf_counter()
+            encoder.encode(next(batches)[2])
+            shared[c.batch].append(time.perf_counter() - start)
+    step = {row: [median(lap["step"] for lap in laps[i:i + 4]) + median(shared[configs[row].batch])
+                  for i in range(0, len(laps), 4)] for row, laps in times.items()}
+    for row in ROWS:
+        if f"{row}, ended" in step:
+            share = configs[row].repa_until
+            step[row] = [share * a + (1 - share) * b for a, b in zip(step[row], step.pop(f"{row}, ended"))]
+    rates = {row: [configs[row].batch / seconds for seconds in values] for row, values in step.items()}
     for row, values in rates.items():
         print(f"{row:24s} {median(values):7.0f} images/s, {median(values) / median(rates['baseline']):.2f}", flush=True)
     (OUT / f"{track}.speed.json").write_text(json.dumps(rates, indent=1) + "\n")
@@ -221,13 +234,13 @@ def main():
     if not args.table and not args.speed:
         for seed in range(args.seeds):
             for row in args.rows:
-                kind, mine = "steps", steps
+                kind, mine = "steps", round(steps * batch_of(args.track, "baseline") / batch_of(args.track, row))
                 if args.equal_time:
                     rates = json.loads((OUT / f"{args.track}.speed.json").read_text())
                     ratio = statistics.fmean(a / b for a, b in zip(rates[row], rates["baseline"]))
                     if abs(ratio - 1) < 0.03:
                         continue
-                    kind, mine = "time", round(steps * ratio)
+                    kind, mine = "time", round(mine * ratio)
                 if any((r["row"], r["seed"], r["kind"]) == (row, seed, kind) for r in records(args.track)):
                     continue
                 record = one(args.track, row, seed, mine, extra, kind)

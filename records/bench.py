@@ -263,11 +263,12 @@ def ceilings(device, dtype) -> tuple[float, float]:
 
 
 def ring_bytes(optimizer, ranks: int, width: int) -> dict[str, int]:
-    """What each rank sends in a step by ring algorithms: gradients by reduce-scatter in FP32; weights by all-gather,
-    matrices `width` bytes wide, the rest in FP32. Rows are as long as the longest rank's."""
+    """What each rank sends in a step by ring algorithms: gradients by reduce-scatter in FP32 (or BF16, --wire); weights
+    by all-gather, matrices `width` bytes wide, the rest in FP32. Rows are as long as the longest rank's."""
     most, least = optimizer.matrices
     weights = 4 * optimizer.size if width == 4 else width * most + 4 * (optimizer.size - least)
-    return dict(gradients=(ranks - 1) * 4 * optimizer.size, weights=(ranks - 1) * weights)
+    gradients = (2 if optimizer.config.wire == "bf16" else 4) * optimizer.size
+    return dict(gradients=(ranks - 1) * gradients, weights=(ranks - 1) * weights)
 
 
 def shares(c, setting: Ours, ranks: int = 8) -> dict:
@@ -479,7 +480,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def peers(base, shapes, device, sources: list[str]) -> tuple[dict, dict]:
     """Ours and theirs, eager and compiled, with Muon and with AdamW; and how far their outputs differ."""
-    c, differences = dataclasses.replace(base, **OFF, ns="classic", ns_steps=5), {}  # as torch.optim.Muon iterates
+    c, differences = dataclasses.replace(base, **OFF, ns="classic", ns_steps=5, modulation="muon"), {}  # as the peers
     settings = {row: Ours(dataclasses.replace(c, **knobs), device, *shapes) for row, knobs in {
         "ours, compiled, Muon": dict(compile="on"), "ours, eager, Muon": dict(compile="off"),
         "ours, compiled, AdamW": dict(compile="on", optimizer="adamw")}.items()}

@@ -264,7 +264,7 @@ def test_any_number_of_ranks_follows_one_and_orthogonalises_each_matrix_once(in_
     """50 steps; 2 blocks have 14 matrices of Muon's, which neither 4 nor 8 ranks divide."""
     script = in_tmp / "counting.py"
     script.write_text(COUNTING.format(root=str(T.ROOT)))
-    flags = ["--steps", "50", "--ns", ns, "--lr", "1e-3", "--lr-adamw", "1e-3"]
+    flags = ["--steps", "50", "--ns", ns, "--lr", "1e-3", "--lr-adamw", "1e-3", "--modulation", "muon"]
     for n in (1, ranks):
         launch = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                   f"--nproc_per_node={n}"]
@@ -282,11 +282,14 @@ def test_any_number_of_ranks_follows_one_and_orthogonalises_each_matrix_once(in_
 def test_bf16_on_the_wire_gives_what_one_rank_computes(in_tmp):
     flags = [f for f in RUN if f not in ("--compute", "fp32")] + ["--compute", "bf16", "--steps", "10"]
     assert T.main([*flags, "--name", "one"]) == 0
-    process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", T.__file__,
-                              *flags, "--batch", "24", "--name", "three"], capture_output=True, text=True, env=ENVIRONMENT)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert T.main([*flags, "--batch", "24", "--name", "same"]) == 0
-    assert np.allclose(losses("same"), losses("three"), rtol=2e-2) and losses("one") != losses("same")
+    assert T.main([*flags, "--batch", "24", "--name", "same"]) == 0 and losses("one") != losses("same")
+    for wire in ("fp32", "bf16"):  # of the gradients; the weights are BF16 in both
+        process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
+                                  T.__file__, *flags, "--batch", "24", "--wire", wire, "--name", wire],
+                                 capture_output=True, text=True, env=ENVIRONMENT)
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert np.allclose(losses("same"), losses(wire), rtol=2e-2)
+    assert losses("fp32")[0] == losses("bf16")[0] and losses("fp32") != losses("bf16")
 
 
 def test_a_dead_rank_ends_the_others_and_torchrun_starts_the_run_again(in_tmp):
