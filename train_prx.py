@@ -8,8 +8,8 @@
 Everything a run produces is in logs/NAME: log.txt (this source included), metrics.jsonl, samples/, curve.png,
 checkpoint/ and transformer/, which diffusers' PRXTransformer2DModel loads. `python eval_prx.py logs/NAME` measures it.
 
-Best record so far: `micro`, 96.12 % prompt accuracy (mean of 3 seeds, worst 95.67 %) in 60 seconds on 2 cores of an
-Intel Xeon with AMX BF16, torch 2.13.0, 2026-11-24, by the script in that log. Logs and rules: records/README.md.
+Best record so far: `micro`, 96.28 % prompt accuracy (mean of 3 seeds, worst 95.91 %) in 60 seconds on 2 cores of an
+AMD EPYC with AVX512-BF16, torch 2.13.0, 2026-11-25, by the default recipe. Logs and rules: records/README.md.
 Model: PRX, Photoroom 2026, as in diffusers' `PRXTransformer2DModel`.
 """
 

@@ -406,7 +406,7 @@ def test_the_micro_plan_knows_what_it_does_not_know(in_tmp, capsys):
     assert "unknown on a CPU" in said and "memory" not in said
     T.main([*MICRO, "--stages", "show", "--steps", "1000"])
     row = rows(capsys.readouterr().out)["main"]
-    assert (row["steps"], row["samples"], row["length"]) == ("1,000", "64 k", "?")
+    assert (row["steps"], row["samples"], row["length"]) == ("1,000", "32 k", "?")
 
 
 def test_the_plan_counts_epochs_of_the_folder_that_repeats_most(in_tmp, capsys):

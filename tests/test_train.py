@@ -368,7 +368,7 @@ def test_a_process_exits_with_2(in_tmp):
 def test_resuming_with_other_settings_is_refused_with_both_values(in_tmp, capsys):
     run("--steps", 8, "--name", "r", "--stop-after", 2)
     run("--steps", 8, "--name", "r", "--lr", 0.5, code=2)
-    assert "--lr was 0.005, now 0.5" in capsys.readouterr().err
+    assert f"--lr was {T.TRACKS['micro'][0].lr}, now 0.5" in capsys.readouterr().err
 
 
 def test_ten_non_finite_steps_stop_the_run_with_a_checkpoint(in_tmp, capsys, monkeypatch):
