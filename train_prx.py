@@ -1460,8 +1460,8 @@ def train(config: Config, stages: list[Stage]) -> int:
     if config.weights == "bf16":
         log("--weights bf16 stores the weights in BF16, where small updates round away to nothing: an ablation of how "
             "training fails silently, not a setting to use")
-    # On two cores compiling takes 17 s and saves a fifth to a third of a micro step (records/speed.md)
-    long = config.steps >= 400 or config.hours >= 1.5 / 60
+    # On two cores compiling takes 15 s and saves up to a quarter of a micro step (records/speed.md)
+    long = config.steps >= 600 or config.hours >= 1.5 / 60
     compiled = config.compile == "on" or config.compile == "auto" and (device.type == "cuda" or long)
     frozen = [net.model for net in (teacher, critic) if net and device.type == "cuda"]  # on CPUs it costs 8 s, saves 2
     if compiled:

@@ -119,16 +119,17 @@ def curves(track: str):
     path.write_text(json.dumps(kept) + "\n")
 
 
-def speed(track: str, turns: int, extra: list[str]):
+def speed(track: str, turns: int, rows: list[str], extra: list[str]):
     """Images/s of each row, in each turn: its compiled step on random data (records/bench.py), row after row in one
-    process, and what all rows share: scenes and text encoder."""
+    process, and what all rows share: scenes and text encoder. Of some rows only, the ratio to the baseline is measured
+    and noted as if it had been taken in the turns of before."""
     import bench
     from data import encoders
     from data.scenes import SceneData
 
     T, median = bench.T, statistics.median
     device, flags = T.setup_world().device, ["--track", track, "--steps", "1", "--compile", "on"]
-    configs = {row: bench.parse_args([*flags, *flags_of(row), *extra])[0] for row in ROWS}
+    configs = {row: bench.parse_args([*flags, *flags_of(row), *extra])[0] for row in rows}
     configs |= {f"{row}, ended": dataclasses.replace(c, repa=0.0) for row, c in configs.items()
                 if c.repa and c.repa_until < 1}  # what follows the burn-in
     c = configs["baseline"]
@@ -145,14 +146,19 @@ def speed(track: str, turns: int, extra: list[str]):
             shared[c.batch].append(time.perf_counter() - start)
     step = {row: [median(lap["step"] for lap in laps[i:i + 4]) + median(shared[configs[row].batch])
                   for i in range(0, len(laps), 4)] for row, laps in times.items()}
-    for row in ROWS:
+    for row in rows:
         if f"{row}, ended" in step:
             share = configs[row].repa_until
             step[row] = [share * a + (1 - share) * b for a, b in zip(step[row], step.pop(f"{row}, ended"))]
     rates = {row: [configs[row].batch / seconds for seconds in values] for row, values in step.items()}
     for row, values in rates.items():
         print(f"{row:24s} {median(values):7.0f} images/s, {median(values) / median(rates['baseline']):.2f}", flush=True)
-    (OUT / f"{track}.speed.json").write_text(json.dumps(rates, indent=1) + "\n")
+    path = OUT / f"{track}.speed.json"
+    if path.exists() and set(rows) != set(ROWS):
+        before = json.loads(path.read_text())
+        turns_in_pairs = lambda row: zip(rates[row], rates["baseline"], before["baseline"])
+        rates = before | {row: [a / b * c for a, b, c in turns_in_pairs(row)] for row in rows if row != "baseline"}
+    path.write_text(json.dumps(rates, indent=1) + "\n")
 
 
 def table(track: str) -> str:
@@ -230,7 +236,7 @@ def main():
     OUT.mkdir(exist_ok=True)
     steps, extra = args.steps or STEPS[args.track], args.flags.split()
     if args.speed:
-        speed(args.track, args.speed, extra)
+        speed(args.track, args.speed, ["baseline", *(r for r in args.rows if r != "baseline")], extra)
     if not args.table and not args.speed:
         for seed in range(args.seeds):
             for row in args.rows:
