@@ -124,7 +124,7 @@ class Config:
     momentum: float = 0.95  # Muon's, Nesterov
     ns: str = "polar"  # classic | polar: Newton-Schulz by Keller Jordan or Polar Express (arXiv 2505.16932)
     ns_steps: int = 5  # its iterations. On micro polar needs 3 where classic needs 5: micro_search_polar.jsonl
-    modulation: str = "muon"  # muon (as PRX) | adamw: who moves the modulations; 27 % fewer Newton-Schulz FLOPs
+    modulation: str = "muon"  # muon (as PRX) | adamw: who moves the modulations; 25 % fewer Newton-Schulz FLOPs
     split_qkv: bool = False  # orthogonalise Q, K and V apart (and the text's K and V), not as one matrix
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
@@ -196,7 +196,7 @@ TRACKS = {
 
 BASELINE = dict(optimizer="adamw", lr=1e-4, eps=1e-15, weight_decay=0.0, warmup=0.01, decay_from=1.0, clip=0.2, ema=0.0,
                 repa=0.0, tread=0.0)
-RECIPES = {"default": {}, "baseline": BASELINE, "tuned-baseline": BASELINE | dict(lr=2e-3, batch=64)}  # for micro
+RECIPES = {"default": {}, "baseline": BASELINE, "tuned-baseline": BASELINE | dict(lr=2e-3)}  # on micro with --batch 64
 
 
 def flag(knob: str) -> str:
@@ -981,7 +981,7 @@ class MuonAdamW:
             wire = torch.bfloat16 if c.wire == "bf16" else torch.float32
             grad = torch.empty_like(self.master, dtype=wire)
             reduce_scatter(grad, self.grads.view(-1).to(wire))
-            grad = grad.float() / self.world.size
+            grad = grad.float().div_(self.world.size)
         square = torch.linalg.vector_norm(grad).square()
         if self.world.size > 1:
             dist.all_reduce(square)
@@ -1460,7 +1460,7 @@ def train(config: Config, stages: list[Stage]) -> int:
     if config.weights == "bf16":
         log("--weights bf16 stores the weights in BF16, where small updates round away to nothing: an ablation of how "
             "training fails silently, not a setting to use")
-    # On two cores compiling takes 15 s and saves up to a quarter of a micro step (records/speed.md)
+    # On two cores compiling takes 15 s and saves about a fifth of a micro step (records/speed.md)
     long = config.steps >= 600 or config.hours >= 1.5 / 60
     compiled = config.compile == "on" or config.compile == "auto" and (device.type == "cuda" or long)
     frozen = [net.model for net in (teacher, critic) if net and device.type == "cuda"]  # on CPUs it costs 8 s, saves 2

@@ -29,15 +29,16 @@ sys.path.insert(0, str(ROOT))
 
 # The baseline is PRX part 2's recipe with its rate tuned for scenes (records/micro_search.jsonl): AdamW 2e-3, constant,
 # no EMA. Muon runs at the rates that the same search chose for it.
-BASE = "--recipe tuned-baseline"
+BASE = {"micro": "--recipe tuned-baseline --batch 64", "mini": "--recipe tuned-baseline"}
 MUON = "--optimizer muon --lr 5e-3 --lr-adamw 3e-3 --ns classic --ns-steps 5 --momentum 0.95 --modulation muon"
+CONSTANT = "--repa 0.5 --repa-until 1"
 ROWS = {
-    "baseline": "", "Muon": MUON, "REPA": "--repa 0.5", "REPA, first half": "--repa 0.5 --repa-until 0.5",
-    "iREPA": "--repa 0.5 --repa-kind irepa", "TREAD 50 %": "--tread 0.5",
+    "baseline": "", "Muon": MUON, "REPA": CONSTANT, "REPA, first half": "--repa 0.5 --repa-until 0.5",
+    "iREPA": CONSTANT + " --repa-kind irepa", "TREAD 50 %": "--tread 0.5",
     "TREAD 50 %, learned": "--tread 0.5 --tread-select learned", "SPRINT 75 %": "--sprint 0.75",
     "contrastive 0.05": "--contrastive 0.05", "v-prediction": "--predict v", "P-DINO 0.01": "--pdino 0.01",
     "short captions": "--captions short", "long/short mix 0.2": "--captions mix:0.2", "BF16 weights": "--weights bf16",
-    "EMA 0.99": "--ema 0.99 --ema-every 4", "decay from 0.3": "--decay-from 0.3", "Muon and REPA": MUON + " --repa 0.5",
+    "EMA 0.99": "--ema 0.99 --ema-every 4", "decay from 0.3": "--decay-from 0.3", "Muon and REPA": f"{MUON} {CONSTANT}",
     "first record's recipe": MUON + " --recipe default --batch 64 --repa 0 --ema 0.99 --ema-every 4 --decay-from 0.3",
     "default recipe": "--recipe default",
 }
@@ -49,14 +50,14 @@ STEPS = {"micro": 300, "mini": 1000}
 METRICS = ("accuracy", "fid", "cmmd", "dino_mmd")
 
 
-def flags_of(row: str) -> list[str]:
+def flags_of(track: str, row: str) -> list[str]:
     own = ROWS[row].split()
-    return own if "--recipe" in own else BASE.split() + own
+    return own if "--recipe" in own else BASE[track].split() + own
 
 
-def batch_of(track: str, row: str) -> int:
+def batch_of(track: str, row: str, extra: list[str]) -> int:
     from data.settings import parse_args
-    return parse_args(["--track", track, "--steps", "1", *flags_of(row)])[0].batch
+    return parse_args(["--track", track, "--steps", "1", *flags_of(track, row), *extra])[0].batch
 
 
 def records(track: str) -> list[dict]:
@@ -68,7 +69,7 @@ def train(track: str, row: str, seed: int, steps: int, name: str, *extra: str) -
     run = Path("logs") / name
     if not (run / "transformer/config.json").exists():
         subprocess.run([sys.executable, str(ROOT / "train_prx.py"), "--track", track, "--name", name, "--seed",
-                        str(seed), "--steps", str(steps), "--samples", "0", *flags_of(row), *extra], check=True,
+                        str(seed), "--steps", str(steps), "--samples", "0", *flags_of(track, row), *extra], check=True,
                        stdout=subprocess.DEVNULL)
     return run
 
@@ -89,7 +90,7 @@ def one(track: str, row: str, seed: int, steps: int, extra: list[str], kind: str
     config = json.loads((run / "config.json").read_text())
     shutil.rmtree(run / "checkpoint", ignore_errors=True)
     return {"row": row, "seed": seed, "kind": kind, "steps": steps, "samples": logged[-1]["samples"],
-            "seconds": round(logged[-1]["elapsed"], 1), "flags": flags_of(row) + extra,
+            "seconds": round(logged[-1]["elapsed"], 1), "flags": flags_of(track, row) + extra,
             **{key: round(result["metrics"]["eval"][key], 5) for key in METRICS},
             "unseen": round(result["metrics"]["unseen"]["accuracy"], 5),
             "loss": round(statistics.fmean(x for r in beats[-3:] for x in r["losses"] if x is not None), 5),
@@ -129,7 +130,7 @@ def speed(track: str, turns: int, rows: list[str], extra: list[str]):
 
     T, median = bench.T, statistics.median
     device, flags = T.setup_world().device, ["--track", track, "--steps", "1", "--compile", "on"]
-    configs = {row: bench.parse_args([*flags, *flags_of(row), *extra])[0] for row in rows}
+    configs = {row: bench.parse_args([*flags, *flags_of(track, row), *extra])[0] for row in rows}
     configs |= {f"{row}, ended": dataclasses.replace(c, repa=0.0) for row, c in configs.items()
                 if c.repa and c.repa_until < 1}  # what follows the burn-in
     c = configs["baseline"]
@@ -240,7 +241,8 @@ def main():
     if not args.table and not args.speed:
         for seed in range(args.seeds):
             for row in args.rows:
-                kind, mine = "steps", round(steps * batch_of(args.track, "baseline") / batch_of(args.track, row))
+                kind, mine = "steps", round(
+                    steps * batch_of(args.track, "baseline", extra) / batch_of(args.track, row, extra))
                 if args.equal_time:
                     rates = json.loads((OUT / f"{args.track}.speed.json").read_text())
                     ratio = statistics.fmean(a / b for a, b in zip(rates[row], rates["baseline"]))

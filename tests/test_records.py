@@ -35,7 +35,7 @@ def test_the_ablation_table_is_made_from_its_log(tmp_path, monkeypatch):
     assert "| baseline | 18.20 | 2 | 60.00 ± 14.14 | - |" in lines[2] and len(lines) == 5
     assert "| Muon | 15.55 | 1 | 90.00 | 40.00 |" in lines[3]
     assert "1.20" in lines[4] and lines[4].endswith("| 40.00 |")
-    assert ablate.flags_of("Muon")[:2] == ["--recipe", "tuned-baseline"] and ablate.flags_of("default recipe") == [
+    assert ablate.flags_of("micro", "Muon")[:4] == "--recipe tuned-baseline --batch 64".split() and ablate.flags_of("micro", "default recipe") == [
         "--recipe", "default"]
 
 
