@@ -35,8 +35,8 @@ def test_the_ablation_table_is_made_from_its_log(tmp_path, monkeypatch):
     assert "| baseline | 18.20 | 2 | 60.00 ± 14.14 | - |" in lines[2] and len(lines) == 5
     assert "| Muon | 15.55 | 1 | 90.00 | 40.00 |" in lines[3]
     assert "1.20" in lines[4] and lines[4].endswith("| 40.00 |")
-    assert ablate.flags_of("micro", "Muon")[:4] == "--recipe tuned-baseline --batch 64".split() and ablate.flags_of("micro", "default recipe") == [
-        "--recipe", "default"]
+    assert ablate.flags_of("micro", "Muon")[:4] == "--recipe tuned-baseline --batch 64".split()
+    assert ablate.flags_of("micro", "default recipe") == ["--recipe", "default"]
 
 
 def test_the_benchmark_of_ranks_counts_bytes_and_memory(tmp_path):
