@@ -331,17 +331,6 @@ class Log:
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
-def read_metrics(run: Path) -> list[dict]:
-    """The records of metrics.jsonl; a line that a crash cut short is passed over."""
-    records = []
-    for line in (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            pass
-    return [r for r in records if isinstance(r, dict) and "elapsed" in r]
-
-
 class Heartbeat:
     """Collects scalars on the device; every few seconds reads them at once and writes them down."""
 
@@ -521,9 +510,10 @@ class Block(nn.Module):
         """x (B, N, D) image tokens, text (B, T, D), vec (B, D) time, mask (B, 1, 1, T + N) additive -> (B, N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(vec)
         x = x + (gate1 * self.attention(modulate(x, shift1, scale1), text, rope, mask)).to(x.dtype)
-        h = modulate(x, shift2, scale2)
-        h = self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(h))
-        return x + (gate2 * h).to(x.dtype)
+        return x + (gate2 * self.mlp(modulate(x, shift2, scale2))).to(x.dtype)
+
+    def mlp(self, h):
+        return self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(h))
 
 
 class TimeEmbedder(nn.Module):
@@ -792,12 +782,6 @@ TEACHERS = {"dinov3": "facebook/dinov3-vitl16-pretrain-lvd1689m", "tiny": str(RO
             "dinov2": "facebook/dinov2-with-registers-large"}
 
 
-def unavailable(knob: str, name: str, error: Exception, instead: str) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"--{knob} {name} cannot be loaded ({reason}); if the repository is gated, accept its licence on "
-                     f"its page and log in with `hf auth login`; or give a local folder, or {instead}")
-
-
 def pad_text(states: list[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ragged embeddings [b] of (T_i, D) -> (b, T, D) and mask (b, T) bool, T the next multiple of `pad`."""
     lengths = torch.tensor([len(x) for x in states])
@@ -909,7 +893,7 @@ class MuonAdamW:
             self.master.copy_(self.master.bfloat16())
         self.ema = self.master.clone() if config.ema else self.master
         self.grad_views = {n: v for rank, row in enumerate(self.grads) for n, v in self.views(row, rank).items()}
-        self.steps, self.ema_steps, self.filled = 0, 0, False
+        self.steps, self.ema_steps, self.filled, self.coming = 0, 0, False, []
         self.skipped, self.skipped_in_a_row = zeros(()), zeros(())  # steps with a non-finite gradient, or a spike
         self.typical = zeros(())  # running mean of the gradient's norm
         self.lost = zeros(())  # share of the last step's updates that BF16 storage rounded away, where weights are BF16
@@ -925,32 +909,41 @@ class MuonAdamW:
             start = end
         return out
 
-    def all_ranks(self, flat: torch.Tensor, offset: int = 0) -> dict[str, torch.Tensor]:
-        """The flat vectors of all ranks, from `offset` on, as views by parameter name. Every rank must call."""
+    def all_ranks(self, flat: torch.Tensor, offset: int = 0):
+        """The flat vectors of all ranks, from `offset` on, as views by parameter name, and the collective to wait for
+        before they are read (None: they are there). Every rank must call."""
         if self.world.size == 1:
-            return self.views(flat, offset=offset)
+            return self.views(flat, offset=offset), None
         rows = torch.empty(self.world.size, len(flat), dtype=flat.dtype, device=flat.device)
-        all_gather(rows.view(-1), flat)
-        return {n: v for rank, row in enumerate(rows) for n, v in self.views(row, rank, offset).items()}
+        work = all_gather(rows.view(-1), flat, async_op=True)
+        return {n: v for rank, row in enumerate(rows) for n, v in self.views(row, rank, offset).items()}, work
 
     @torch.no_grad()
-    def publish(self, flat: torch.Tensor | None = None):
+    def publish(self, flat: torch.Tensor | None = None, wait: bool = True):
         """Give the model the masters, or another flat vector such as `ema`, in the model's dtypes, on all ranks:
-        matrices travel in the compute dtype, the rest in FP32."""
-        flat = self.master if flat is None else flat
+        matrices travel in the compute dtype, the rest in FP32. Without `wait` they are on their way until arrive()."""
+        self.arrive()
+        flat, (most, least) = self.master if flat is None else flat, self.matrices
         dtype = next((p.dtype for p in self.params.values() if p.ndim > 1), torch.float32)
-        if dtype == torch.float32 or self.world.size == 1:
-            views = self.all_ranks(flat)
-        else:
-            most, least = self.matrices
-            views = self.all_ranks(flat[least:].contiguous(), least) | {
-                n: v for n, v in self.all_ranks(flat[:most].to(dtype)).items() if self.params[n].ndim > 1}
-        for name, view in views.items():
-            p = self.params[name]
-            if p.dtype == torch.float32 and self.world.size == 1:
-                p.data = view  # no copy: the model's weight is the master
-            else:
-                p.data.copy_(view)
+        parts = [(flat, 0)] if dtype == torch.float32 or self.world.size == 1 else [
+            (flat[least:].contiguous(), least), (flat[:most].to(dtype), 0)]
+        self.coming = [self.all_ranks(*part) for part in parts]
+        if wait:
+            self.arrive()
+
+    @torch.no_grad()
+    def arrive(self):
+        """Wait for the weights of publish() and hand them to the model."""
+        for views, work in self.coming:
+            if work:
+                work.wait()
+            for name, view in views.items():
+                p = self.params[name]
+                if p.dtype == torch.float32 and self.world.size == 1:
+                    p.data = view  # no copy: the model's weight is the master
+                elif p.ndim > 1 or view.dtype == torch.float32:  # a BF16 row may end in another rank's 1-D part
+                    p.data.copy_(view)
+        self.coming = []
 
     def zero_grad(self):
         for p in self.params.values():
@@ -969,8 +962,9 @@ class MuonAdamW:
         self.zero_grad()
 
     @torch.no_grad()
-    def step(self, lr_share: float = 1.0) -> torch.Tensor:
+    def step(self, lr_share: float = 1.0, wait: bool = True) -> torch.Tensor:
         """One update with both rates times lr_share. Returns the gradient's norm before clipping, on the device.
+        Without `wait`, call arrive() before the model runs.
 
         A non-finite gradient leaves the weights as they are and counts in `skipped`, with no synchronisation.
         """
@@ -1019,7 +1013,7 @@ class MuonAdamW:
             moved, rounded = self.master != before, self.master.bfloat16().float()
             self.lost = ((rounded == before) & moved).sum() / moved.sum().clamp(min=1)
             self.master.copy_(rounded)
-        self.publish()
+        self.publish(wait=wait)
         if self.steps % c.ema_every == 0:
             self.update_ema()
         return norm
@@ -1179,6 +1173,7 @@ def load_transformer(source, device="cpu") -> PRX:
     owner/name on the Hugging Face hub."""
     folder = Path(source)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        from data.encoders import unavailable
         from huggingface_hub import snapshot_download
         try:  # nothing but the transformer, wherever it lies in the repository
             folder = Path(snapshot_download(str(source), allow_patterns=[
@@ -1444,6 +1439,7 @@ def train(config: Config, stages: list[Stage]) -> int:
             raise UserError(f"--init {config.init} is another model: {', '.join(differ)}; give the flags that fit it")
         model.load_state_dict(start.state_dict())
     optimizer = MuonAdamW(model.named_parameters(), config, world)
+    model.register_forward_pre_hook(lambda *_: optimizer.arrive())  # whoever runs it, waits for its weights
     model.set_compute_dtype(torch.bfloat16 if bf16 else torch.float32, config.fp8)
     model.recompute = config.recompute
     optimizers, teacher, critic = {"": optimizer}, None, None
@@ -1455,6 +1451,7 @@ def train(config: Config, stages: list[Stage]) -> int:
         projector = Alignment(config.hidden, teacher.width, config.repa_kind).initialize(config.seed + 1).to(device)
         optimizers["repa."] = MuonAdamW(projector.named_parameters(), config, world)
         projector.set_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
+        projector.register_forward_pre_hook(lambda *_: optimizers["repa."].arrive())
     if any(c.pdino for c in configs):
         critic = encoders.Teacher("pdino-teacher", config.pdino_teacher, device)
     if config.weights == "bf16":
@@ -1495,12 +1492,13 @@ def train(config: Config, stages: list[Stage]) -> int:
     def losses_of(x_0, eps, t, text, mask, keep, pixels):
         """What to minimise and the plain flow-matching loss, per sample of a micro-batch."""
         aligned = teacher is not None and c.repa > 0
+        rows, columns = x_0.shape[2] // c.patch, x_0.shape[3] // c.patch
+        if aligned:  # before the model: meanwhile its weights come in from the other ranks
+            with torch.no_grad():
+                features = teacher(pixels, rows, columns)
         losses, plain, estimate, tapped = flow_matching_loss(model, x_0, eps, t, text, mask, c.predict, c.contrastive,
                                                              keep, c.repa_layer if aligned else None)
         if aligned:
-            rows, columns = x_0.shape[2] // c.patch, x_0.shape[3] // c.patch
-            with torch.no_grad():
-                features = teacher(pixels, rows, columns)
             losses = losses + c.repa * projector(*tapped, features, rows, columns)
         if c.pdino:
             losses = losses + c.pdino * perceptual_loss(critic, estimate, x_0)
@@ -1559,7 +1557,7 @@ def train(config: Config, stages: list[Stage]) -> int:
 
         if teacher and (progress if c.repa_until <= 1 else state["samples"]) >= c.repa_until:  # the burn-in is over
             teacher = projector = None
-            del optimizers["repa."]
+            optimizers.pop("repa.").arrive()
             state["burned_in"] = True
             log(f"REPA ends at step {state['step']}: the teacher is gone from memory, the projector from the optimizer")
         x, t, texts, images = next(loader)
@@ -1579,7 +1577,7 @@ def train(config: Config, stages: list[Stage]) -> int:
                 each.accumulate()
             loss += plain.sum() / share
             by_time.index_add_(1, (t[part] * 10).long(), torch.stack([plain, torch.ones_like(plain)]))
-        norm, *_ = [each.step(lr_share(progress, state["first_progress"], c)) for each in optimizers.values()]
+        norm, *_ = [each.step(lr_share(progress, state["first_progress"], c), False) for each in optimizers.values()]
         heart.add(loss, by_time, norm, progress)
         state |= dict(step=state["step"] + 1, batches=state["batches"] + 1, samples=state["samples"] + c.batch)
 
@@ -1609,9 +1607,11 @@ def train(config: Config, stages: list[Stage]) -> int:
     if state["step"] == 0:
         raise TrainingFailed(f"no step fits into --hours {config.hours:.4g}: start-up took {elapsed:.0f} s; give more")
     optimizer.update_ema()
-    tensors = {k: v.cpu() for k, v in optimizer.all_ranks(optimizer.ema).items()}
+    weights, work = optimizer.all_ranks(optimizer.ema)
+    if work:
+        work.wait()
     if world.rank == 0:
-        export_transformer(model.config, {name: tensors[name] for name in optimizer.params}, run / "transformer")
+        export_transformer(model.config, {n: weights[n].cpu() for n in optimizer.params}, run / "transformer")
     seconds = clock()  # the clock stops here
     log(f"finished: {state['step']} steps, {state['samples']:,} images, {seconds:.1f} s from process start to final "
         f"weights on disk, data stall {loader.stall if loader else 0:.1f} s")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from train_prx import TEACHERS, TEXTS, VAES, unavailable
+from train_prx import TEACHERS, TEXTS, VAES, UserError
 
 
 def quiet_import(name: str):
@@ -17,6 +17,12 @@ def quiet_import(name: str):
     module.utils.logging.set_verbosity_error()
     module.utils.logging.disable_progress_bar()
     return module
+
+
+def unavailable(knob: str, name: str, error: Exception, instead: str) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"--{knob} {name} cannot be loaded ({reason}); if the repository is gated, accept its licence on "
+                     f"its page and log in with `hf auth login`; or give a local folder, or {instead}")
 
 
 class VAE:

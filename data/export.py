@@ -8,6 +8,7 @@ import torch
 
 import train_prx
 from data.encoders import quiet_import
+from data.preflight import read_metrics
 from eval_prx import Painter, prompt_noise, read_run, table
 from train_prx import UserError
 
@@ -114,7 +115,7 @@ def usage(config: dict, pipeline: str, encoder: str, where: str, exact: bool = F
 def model_card(run: Path, config: dict, pipeline: str, encoder: str, where: str, difference: float, picture: bool):
     """README.md of an exported pipeline, from the run's own files."""
     changed = {k: v for k, v in config.items() if k in vars(train_prx.Config) and v != getattr(train_prx.Config, k)}
-    finished = [record for record in train_prx.read_metrics(run) if record.get("event") == "finished"]
+    finished = [record for record in read_metrics(run) if record.get("event") == "finished"]
     data = config["data"] + " (procedural, drawn by data/scenes.py; no rights of others)" * (config["data"] == "scenes")
     metrics = "Not evaluated.\n"
     if (run / "metrics.json").is_file():

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from data.plan import CUDA, KEPT, Outline, describe, fitting, latent_space, read_json, report
-from train_prx import TEACHERS, TEXTS, VAES, UserError, find_checkpoint, flag, read_metrics, stage_config
+from train_prx import TEACHERS, TEXTS, VAES, UserError, find_checkpoint, flag, stage_config
 
 NETWORKS = {  # knob: its names, where in a folder or repository the network lies, what to do without it
     "vae": (VAES, ("vae", ""), "use --vae none (pixel space)"),
@@ -62,6 +62,17 @@ def plan(config, stages, datasets=None) -> str:
         datasets, problems = open_data(config, configs)
     warnings = [f"epochs are unknown: {problem}" for problem in dict.fromkeys(problems)]
     return report(config, stages, list(map(Outline, configs, datasets)), ranks, gpu, warnings)
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The records of metrics.jsonl; a line that a crash cut short is passed over."""
+    records = []
+    for line in (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            pass
+    return [r for r in records if isinstance(r, dict) and "elapsed" in r]
 
 
 def find_run(config, plan: list[dict]) -> tuple[Path, Path | None, list[str], float]:

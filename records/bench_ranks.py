@@ -2,11 +2,15 @@
 
     python records/bench_ranks.py --ranks 1 2 4 8 --out records/bench/ranks.json      # gloo processes on this machine
     python records/bench_ranks.py --ranks 2 --track mini
+    unshare -n sh -c 'ip link set lo up; tc qdisc add dev lo root tbf rate 1gbit burst 256kb latency 1s;
+        python records/bench_ranks.py --ranks 2 --out overlap.json'          # over a slower link, as root
 
 Every world size takes the same global batch of random data through the trainer's step. Bytes on the wire are those of
 the network interface that gloo uses (lo), over the steps and ranks, headers included; beside them stands what ring
 algorithms send. Memory is that of the optimizer's tensors (masters, state, EMA, gradients), and what it would be if
 every rank held all of it. The stall is how long Checkpoints.save keeps the loop waiting, the thread that writes apart.
+"Overlapped" is a step whose weights come in while REPA's teacher runs, as in training; "waiting" the same step, which
+waits for them first; both in turns.
 
 The row for 8 GPUs is computed from PRX-1.2B's shapes: gradients in FP32, matrices come back in BF16; the seconds are at
 the --link and --pcie rates, with nothing overlapped.
@@ -27,10 +31,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_prx as T  # noqa: E402
+from data import encoders  # noqa: E402
 from data.settings import parse_args  # noqa: E402
 from records import bench  # noqa: E402
 
-WIRE = Path("/sys/class/net/lo/statistics/tx_bytes")
+
+def sent_bytes() -> int:
+    """What this process's network namespace has sent over lo so far."""
+    line = next(x for x in Path("/proc/net/dev").read_text().splitlines() if x.strip().startswith("lo:"))
+    return int(line.split(":")[1].split()[8])
 
 
 def memory(optimizer) -> int:
@@ -56,19 +65,31 @@ def one_rank(argv: list[str], steps: int, folder: Path):
     log = lambda line: None
     checkpoints = T.Checkpoints(folder, world, log)
 
-    def step():
+    def step(wait=True, teacher=None):
         start = time.perf_counter()
+        if teacher:
+            with torch.no_grad():
+                teacher(b.x_0, *[int(b.tokens ** 0.5)] * 2)
+        optimizer.arrive()
         T.flow_matching_loss(model, b.x_0, b.eps, b.t, b.text, b.mask, c.predict)[0].mean().backward()
         optimizer.accumulate()
-        optimizer.step()
+        optimizer.step(wait=wait)
         return time.perf_counter() - start
 
+    turns = {True: [], False: []}
+    if world.size > 1 and c.vae == "none":
+        teacher = encoders.Teacher("repa-teacher", c.repa_teacher, world.device)
+        for turn in range(6):
+            for wait, laps in turns.items():
+                new = [step(wait, teacher) for _ in range(steps)]
+                laps += new[1:] if turn else []
+        optimizer.arrive()
     for _ in range(3):
         step()
     world.barrier()
-    before, seconds = int(WIRE.read_text()), [step() for _ in range(steps)]
+    before, seconds = sent_bytes(), [step() for _ in range(steps)]
     world.barrier()
-    sent, stalls = (int(WIRE.read_text()) - before) / steps / world.size, []
+    sent, stalls = (sent_bytes() - before) / steps / world.size, []
     for number in range(5):
         checkpoints.wait()
         world.barrier()
@@ -80,6 +101,8 @@ def one_rank(argv: list[str], steps: int, folder: Path):
         lone = T.MuonAdamW(T.PRX(**model.config).named_parameters(), c)
         print(json.dumps(dict(
             ranks=world.size, step_ms=statistics.median(seconds) * 1e3, wire_bytes=sent,
+            waiting_ms=[x * 1e3 for x in statistics.quantiles(turns[True])] if turns[True] else None,
+            overlapped_ms=[x * 1e3 for x in statistics.quantiles(turns[False])] if turns[False] else None,
             ring_bytes=bench.ring_bytes(optimizer, world.size, 2 if bf16 else 4), memory_bytes=memory(optimizer),
             unsharded_bytes=memory(lone), stall_ms=statistics.median(stalls[1:]) * 1e3)))
 
@@ -91,7 +114,7 @@ def computed(ranks: int, link: float, pcie: float) -> dict:
         model = T.PRX(in_channels=16, patch_size=2, hidden_size=c.hidden, mlp_ratio=c.mlp_ratio, context_in_dim=2304,
                       num_heads=c.heads, depth=c.depth)
     optimizer = T.MuonAdamW.__new__(T.MuonAdamW)
-    optimizer.publish = lambda flat=None: None
+    optimizer.publish = lambda **_: None
     optimizer.__init__(model.named_parameters(), c, T.World(0, ranks, torch.device("meta")))
     parameters = sum(p.numel() for p in model.parameters())
     state = 4 * (2 * optimizer.size + optimizer.split + 2 * (optimizer.size - optimizer.split))  # masters, EMA, state
@@ -134,6 +157,9 @@ def main():
         print(f"| {r['ranks']} | {mb(r['wire_bytes'])} | {mb(sum(r['ring_bytes'].values()))} | "
               f"{mb(r['memory_bytes'])} | {mb(r['unsharded_bytes'])} | {r['stall_ms']:.1f} ms | "
               f"{r['stall_ms'] / r['step_ms']:.0%} of {r['step_ms']:.0f} ms |")
+        if r["waiting_ms"]:
+            print(f"with a teacher, medians: waiting for the weights {r['waiting_ms'][1]:.1f} ms, overlapped "
+                  f"{r['overlapped_ms'][1]:.1f} ms", file=sys.stderr)
     gb = lambda x: f"{x / 1e9:.1f} GB"
     print(f"| 8 GPUs, {gpus['parameters'] / 1e9:.2f} B, computed | - | {gb(sum(gpus['ring_bytes'].values()))}, "
           f"{gpus['wire_s'] * 1e3:.0f} ms at {args.link / 1e9:.0f} GB/s | {gb(gpus['memory_bytes'])} | "

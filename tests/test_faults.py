@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_prx as T
+from data.preflight import read_metrics
 
 RUN = ("--track micro --repa 0 --ema 0.99 --hidden 32 --heads 2 --depth 2 --batch 16 --samples 0 --sample-steps 2 --compile off "
        "--compute fp32").split()
@@ -27,7 +28,7 @@ def run(*flags, code=0):
 
 
 def losses(name):
-    return [x for record in T.read_metrics(Path("logs") / name) for x in record.get("losses", [])]
+    return [x for record in read_metrics(Path("logs") / name) for x in record.get("losses", [])]
 
 
 def weights(name):
@@ -134,13 +135,13 @@ def test_a_disk_that_is_really_full_leaves_the_old_checkpoint_valid(in_tmp, caps
         pytest.skip("this machine does not let us mount a tmpfs")
     step = T.MuonAdamW.step
 
-    def fills(self, share):  # somebody else fills the disk while we train
+    def fills(self, *a):  # somebody else fills the disk while we train
         file = os.open(folder / "ballast", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         with contextlib.suppress(OSError):
             while True:
                 os.write(file, bytes(10000))
         os.close(file)
-        return step(self, share)
+        return step(self, *a)
 
     try:
         run("--steps", 9, "--name", "r", "--stop-after", 3)
@@ -161,7 +162,7 @@ def test_a_disk_that_is_really_full_leaves_the_old_checkpoint_valid(in_tmp, caps
 
 def test_two_runs_in_one_folder_are_refused(in_tmp):
     first = start("--steps", 100000, "--name", "r")
-    while not T.read_metrics(Path("logs/r")):
+    while not read_metrics(Path("logs/r")):
         assert first.poll() is None, first.stdout.read()
         time.sleep(0.1)
     before = Path("logs/r/metrics.jsonl").read_text()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import eval_prx
 import train_prx as T
 from data import encoders
+from data.preflight import read_metrics
 from data.settings import parse_args
 from data.encoders import VAE, TextEncoder
 
@@ -183,7 +184,7 @@ def test_stored_text_is_padded_to_few_lengths():
 # --- runs
 
 def losses(name):
-    return [x for record in T.read_metrics(Path("logs") / name) for x in record.get("losses", [])]
+    return [x for record in read_metrics(Path("logs") / name) for x in record.get("losses", [])]
 
 
 def test_scenes_train_in_latents_and_the_export_paints_with_diffusers(in_tmp, vaes, t5gemma, capsys):
@@ -258,7 +259,7 @@ def test_two_resolutions_keep_weights_optimizer_and_ema(in_tmp, vaes, monkeypatc
             assert T.main([*flags, "--name", name, "--stop-after", str(stop)]) == 0
     a, b = (load_file(f"logs/{n}/transformer/diffusion_pytorch_model.safetensors") for n in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a) and losses("whole") == losses("cut")
-    assert T.read_metrics(Path("logs/whole"))[-1]["samples"] == 6 * 8 + 6 * 4
+    assert read_metrics(Path("logs/whole"))[-1]["samples"] == 6 * 8 + 6 * 4
     assert Path("logs/whole/samples/final.png").exists()
 
 
@@ -284,7 +285,7 @@ def test_five_hundred_images_from_prepare_through_two_resolutions_to_a_picture_b
     assert T.main(flags) == 0
     curve = losses("r")
     assert len(curve) == 100 and np.mean(curve[40:50]) < 0.9 * np.mean(curve[:5]) and np.mean(curve[-10:]) < np.mean(curve[:5])
-    assert [r["stage"] for r in T.read_metrics(Path("logs/r")) if "stage" in r][-1] == 1
+    assert [r["stage"] for r in read_metrics(Path("logs/r")) if "stage" in r][-1] == 1
     assert eval_prx.main(["export", "logs/r", "--out", "pipeline"]) == 0
     pipe = diffusers.PRXPipeline.from_pretrained("pipeline")
     picture = pipe("a red ring", height=128, width=128, num_inference_steps=2, use_resolution_binning=False).images[0]

@@ -170,7 +170,7 @@ def test_every_parameter_is_owned_by_exactly_one_rank(ranks):
     owned = []
     for rank in range(ranks):
         optimizer = T.MuonAdamW.__new__(T.MuonAdamW)
-        optimizer.publish = lambda flat=None: None
+        optimizer.publish = lambda **_: None
         optimizer.__init__(parameters().items(), MUON, T.World(rank=rank, size=ranks))
         owned.append(list(optimizer.views(optimizer.master)))
         assert optimizer.layout[rank] == owned[-1]
@@ -235,3 +235,42 @@ def test_modulations_left_to_adamw_move_as_in_torch():
         optimizer.step()
         oracle.step()
     assert relative(dict(model.named_parameters())[name], theirs) < 1e-6
+
+
+def test_weights_on_their_way_are_the_models_when_they_arrive_and_never_replace_newer_ones(monkeypatch):
+    """A collective that is done only when it is waited for: the other rank owns what this one does not."""
+    class Late:
+        def __init__(self, out, flat):
+            self.out, self.flat = out, flat
+
+        def wait(self):
+            self.out.view(2, -1).copy_(self.flat.expand(2, -1))
+
+    monkeypatch.setattr(T, "all_gather", lambda out, flat, async_op: Late(out, flat.clone()))
+    monkeypatch.setattr(T, "reduce_scatter", lambda out, grads: out.copy_(2 * grads[:len(out)]))
+    monkeypatch.setattr(T.dist, "all_reduce", lambda x: x)
+    for dtype in (torch.float32, torch.bfloat16):
+        params = parameters()
+        optimizer = T.MuonAdamW(params.items(), dataclasses.replace(MUON, ema=0.9, ema_every=1), T.World(0, 2))
+        for p in params.values():
+            p.data = p.data.to(dtype if p.ndim == 2 else torch.float32)
+        mine = optimizer.layout[0]
+        model_has = lambda flat: all(torch.equal(params[n], v.to(params[n].dtype))
+                                     for n, v in optimizer.views(flat).items())
+        assert 0 < len(mine) < len(SHAPES)
+        for i in range(3):
+            before = {n: params[n].clone() for n in mine}
+            feed(params, i)
+            optimizer.accumulate()
+            optimizer.step(wait=False)
+            assert all(torch.equal(params[n], before[n]) for n in mine) and not model_has(optimizer.master)
+            optimizer.arrive()
+            assert model_has(optimizer.master) and not optimizer.coming
+            assert all(p.dtype == (dtype if p.ndim == 2 else torch.float32) for p in params.values())
+        feed(params, 3)
+        optimizer.accumulate()
+        optimizer.step(wait=False)
+        optimizer.publish(optimizer.ema)  # a sample grid right after a step
+        assert model_has(optimizer.ema) and not model_has(optimizer.master)
+        optimizer.arrive()
+        assert model_has(optimizer.ema)

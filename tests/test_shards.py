@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import train_prx as T
+from data.preflight import read_metrics
 from data.shards import ShardData
 
 TINY = ("--track micro --repa 0 --ema 0.99 --hidden 32 --heads 2 --depth 2 --batch 16 --samples 0 --sample-steps 2 --compile off "
@@ -314,5 +315,5 @@ def test_a_mixture_trains_on_two_ranks_as_on_one_and_resumes(in_tmp):
                                T.__file__, *flags, "--name", "two", "--stop-after", stop], capture_output=True, text=True,
                               env=environment, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
-    losses = lambda name: [x for r in T.read_metrics(Path("logs") / name) for x in r.get("losses", [])]
+    losses = lambda name: [x for r in read_metrics(Path("logs") / name) for x in r.get("losses", [])]
     assert len(losses("two")) == 12 and np.allclose(losses("one"), losses("two"), rtol=1e-4)

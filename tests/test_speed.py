@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_prx as T
+from data.preflight import read_metrics
+from records import variants
 
 sys.path.insert(0, str(T.ROOT / "records"))
 import bench  # noqa: E402
@@ -103,7 +106,7 @@ def test_a_model_in_fp8_deviates_from_bf16_by_a_few_per_cent_and_modulation_stay
 def test_fp8_trains_and_its_contradictions_are_refused(in_tmp, capsys):
     run = [*SMALL, "--compute", "bf16", "--samples", "0", "--sample-steps", "2", "--compile", "off", "--steps", "6"]
     assert T.main([*run, "--fp8", "--name", "fp8"]) == 0 and T.main([*run, "--name", "bf16"]) == 0
-    a, b = ([x for r in T.read_metrics(Path("logs") / n) for x in r.get("losses", [])] for n in ("fp8", "bf16"))
+    a, b = ([x for r in read_metrics(Path("logs") / n) for x in r.get("losses", [])] for n in ("fp8", "bf16"))
     assert a != b and a == pytest.approx(b, rel=0.05)
     assert T.main([*run, "--fp8", "--recompute", "--name", "both"]) == 0
     capsys.readouterr()
@@ -173,3 +176,68 @@ def test_the_sweep_plots_cost_against_size(tmp_path):
 def test_rows_that_do_not_exist_are_refused():
     with pytest.raises(T.UserError, match="--rows nothing is unknown"):
         bench.main([*SMALL, "--rows", "nothing"])
+
+
+# --- variants: what could replace parts of the step
+
+def by_runs(q, k, v, queries, keys, longest_query, longest_key):
+    """What variable-length attention is, by a loop: run i of the queries sees run i of the keys, of any length."""
+    queries, keys, out = queries.tolist(), keys.tolist(), []
+    assert (queries[-1], keys[-1]) == (len(q), len(k)) and queries == sorted(queries) and keys == sorted(keys)
+    for a, b, c, d in zip(queries, queries[1:], keys, keys[1:]):
+        assert b - a <= longest_query and d - c <= longest_key
+        if b > a:
+            one = [x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d])]
+            out.append(F.scaled_dot_product_attention(*one).transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("name", [n for n, v in variants.VARIANTS.items() if v.change is not variants.Variant.change])
+def test_a_variant_is_the_same_function_with_the_same_gradients(name, monkeypatch):
+    """In FP32, with padding, without a mask, with an image that has no text at all, and with routed tokens."""
+    monkeypatch.setattr(variants, "varlen_attn", by_runs)
+    models = randomised(span=(1, 1)), randomised(span=(1, 1))
+    parameters = [dict(model.named_parameters()) for model in models]
+    variants.VARIANTS[name].change(models[1])
+    x, t, text, mask = inputs()
+    mask[1, :] = False
+    keep = T.route(4, x, 4, 0.5, torch.Generator().manual_seed(0))
+    for some_mask, some_keep in ((mask, None), (mask, keep), (None, None), (~torch.zeros_like(mask), keep)):
+        outputs = [model(x, t, text, some_mask, some_keep) for model in models]
+        assert outputs[0].abs().max() > 0.1 and torch.allclose(*outputs, atol=1e-5)
+        for out, named in zip(outputs, parameters):
+            for p in named.values():
+                p.grad = None
+            out.square().mean().backward()
+        for n, p in parameters[0].items():
+            assert p.grad.abs().max() > 0 and torch.allclose(p.grad, parameters[1][n].grad, rtol=1e-4, atol=1e-5), n
+
+
+def test_the_call_of_variable_length_attention_is_pytorchs(monkeypatch):
+    """Traced on fake tensors, forward and backward: names, shapes and dtypes are what the CUDA kernel is called with."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    seen, real = [], variants.varlen_attn
+    monkeypatch.setattr(variants, "varlen_attn", lambda *a: (seen.append(a), real(*a))[1])
+    with FakeTensorMode():
+        model = T.PRX(**SIZE)
+        model.set_compute_dtype(torch.bfloat16)
+        variants.without_mask(model)
+        mask = torch.ones(4, 8, dtype=torch.bool)
+        out = model(torch.randn(4, 3, 16, 16), torch.rand(4), torch.randn(4, 8, 20), mask)
+        out.square().mean().backward()
+    assert out.shape == (4, 3, 16, 16) and all(p.grad.shape == p.shape for p in model.parameters())
+    q, k, v, queries, keys, *longest = seen[0]
+    assert q.shape == (4 * 16, 2, 16) and k.shape == v.shape == (4 * 24, 2, 16) and longest == [16, 24]
+    assert q.dtype == k.dtype == v.dtype == torch.bfloat16 and queries.dtype == keys.dtype == torch.int32
+    assert queries.shape == keys.shape == (9,)
+
+
+def test_variants_are_compared_and_timed_in_turns(tmp_path, capsys):
+    result = variants.main([*SMALL, "--turns", "1", "--steps-per-turn", "1", "--out", str(tmp_path / "v.json")])
+    rows = result["rows"]["plain"]["variants"]
+    assert set(rows) == {"as it is", "gate and up in one product", "all modulations in one product"}
+    assert all(r["ms"] > 0 and r["difference_of_output"] < 0.02 and r["difference_of_gradients"] < 0.05
+               for r in rows.values())
+    assert rows["gate and up in one product"]["difference_of_gradients"] > 0  # in BF16, or the order of sums, something
+    assert "not measured, for want of a GPU: CUDA graphs" in capsys.readouterr().out
+    assert json.loads((tmp_path / "v.json").read_text())["machine"]["torch"]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import train_prx as T
 from data import encoders
+from data.preflight import read_metrics
 
 SIZE = dict(in_channels=3, patch_size=4, context_in_dim=20, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=5)
 RUN = ("--track micro --repa 0 --ema 0.99 --hidden 32 --heads 2 --depth 4 --batch 16 --samples 0 --sample-steps 2 --compile off "
@@ -291,7 +292,7 @@ def run(*flags, code=0):
 
 
 def losses(name):
-    return [x for record in T.read_metrics(Path("logs") / name) for x in record.get("losses", [])]
+    return [x for record in read_metrics(Path("logs") / name) for x in record.get("losses", [])]
 
 
 TECHNIQUES = {

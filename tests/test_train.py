@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_prx as T
+from data.preflight import read_metrics
 from data.scenes import SceneData
 from data.settings import HELP
 
@@ -37,7 +38,7 @@ def weights(name):
 
 
 def metrics(name):
-    return T.read_metrics(Path("logs") / name)
+    return read_metrics(Path("logs") / name)
 
 
 def losses(name):
@@ -138,7 +139,7 @@ def test_resume_is_bit_identical(in_tmp, recipe):
 def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(in_tmp):
     flags = [*TINY, "--steps", "100000", "--name", "cut"]
     process = subprocess.Popen([sys.executable, SCRIPT, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not T.read_metrics(Path("logs/cut")):
+    while not read_metrics(Path("logs/cut")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
@@ -184,7 +185,7 @@ def test_stages_change_their_knobs_at_their_share_and_resume_inside_one(in_tmp, 
 
     rates = []
     monkeypatch.setattr(T, "host_batches", spy)
-    monkeypatch.setattr(T.MuonAdamW, "step", lambda self, share: (rates.append(self.config.lr), step(self, share))[1])
+    monkeypatch.setattr(T.MuonAdamW, "step", lambda self, *a: (rates.append(self.config.lr), step(self, *a))[1])
     flags = [f for f in TINY if f not in ("--batch", "16")]
     for name, stops in (("whole", [0]), ("cut", [3, 7, 0])):
         for stop in stops:
@@ -231,7 +232,7 @@ def test_damaged_files_of_a_run_are_one_sentence_or_passed_over(in_tmp, capsys):
     with open("logs/r/metrics.jsonl", "a") as file:
         file.write('{"elapsed": 3, "losses": [1.')
     run("--steps", 8, "--name", "r")
-    assert len([r for r in T.read_metrics(Path("logs/r")) if r.get("losses")]) == 2
+    assert len([r for r in read_metrics(Path("logs/r")) if r.get("losses")]) == 2
     run("--steps", 8, "--name", "s", "--stop-after", 2)
     Path("logs/s/config.json").write_text("{")
     run("--steps", 8, "--name", "s", code=2)
