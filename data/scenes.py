@@ -18,6 +18,7 @@ squares.
 import argparse
 import functools
 import hashlib
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,16 +186,24 @@ def render(scenes: Scenes, res: int = 32, device="cpu") -> torch.Tensor:
     centre = torch.stack([place % grid, place // grid], -1) + 0.5 + JITTER * jitter
     centre = centre / grid                                                         # (N, K, 2): x, y
     axis = (torch.arange(res, device=device) + 0.5) / res
-    image = _background(to(scenes.background), res)
+    every = _background(torch.arange(len(BACKGROUNDS) * len(PATTERNS), device=device), res).to(torch.uint8)
+    image = every[to(scenes.background)]
+    # An object changes a window around it, `side` pixels wide; the tip of a triangle is 1.1 radii away
+    side = min(res, 2 * math.ceil(1.1 * max(SIZES.values()) / grid * res) + 4)
+    windows, steps = image.unfold(2, side, 1).unfold(3, side, 1), torch.arange(side, device=device)
+    corner = ((centre * res).long() - side // 2).clamp(0, res - side)              # (N, K, 2): left, top
     for slot in range(place.shape[1]):                                             # objects never overlap
         for kind in range(len(SHAPES)):
             rows = ((place[:, slot] >= 0) & (shape[:, slot] == kind)).nonzero()[:, 0]
-            x = axis[None, None, :] - centre[rows, slot, 0, None, None]            # (n, 1, res)
-            y = axis[None, :, None] - centre[rows, slot, 1, None, None]            # (n, res, 1)
-            d = _distance(kind, x, y, radius[rows, slot, None, None])              # (n, res, res)
+            left, top = corner[rows, slot].unbind(-1)
+            x = axis[left[:, None] + steps][:, None] - centre[rows, slot, 0, None, None]     # (n, 1, side)
+            y = axis[top[:, None] + steps][:, :, None] - centre[rows, slot, 1, None, None]   # (n, side, 1)
+            d = _distance(kind, x, y, radius[rows, slot, None, None])              # (n, side, side)
             alpha = (0.5 - d * res).clamp(0, 1)[:, None]                           # one pixel of anti-aliasing
-            image[rows] = torch.lerp(image[rows], palette[colour[rows, slot], :, None, None], alpha)
-    return image.round().to(torch.uint8)
+            inside = palette[colour[rows, slot], :, None, None]
+            drawn = torch.lerp(windows[rows, :, top, left].float(), inside, alpha)
+            windows[rows, :, top, left] = drawn.round().to(torch.uint8)            # of different images
+    return image
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,25 @@ def test_samples_are_the_same_on_every_machine():
     assert digest(S.draw_scenes(range(16), "train", S.MINI), 96) == "d577c591f00fa9ef"
 
 
+@pytest.mark.parametrize("difficulty, res", [(S.MICRO, 32), (S.MICRO, 17), (S.MINI, 256), (S.MINI, 64)])
+def test_windows_around_the_objects_leave_nothing_out(difficulty, res):
+    """Against every object drawn over the whole image, in order; not a value may differ."""
+    scenes = S.draw_scenes(range(60), "train", difficulty, seed=7)
+    axis, grid = (torch.arange(res) + 0.5) / res, difficulty.grid
+    colours = torch.tensor(list(S.COLOURS.values()), dtype=torch.float32)
+    radii = torch.tensor(list(S.SIZES.values())) / grid
+    image = S._background(torch.as_tensor(scenes.background), res)
+    for i, places in enumerate(scenes.place):
+        for k, place in enumerate(places):
+            if place >= 0:
+                cell = torch.tensor([place % grid, place // grid])
+                x, y = (cell + 0.5 + S.JITTER * torch.tensor(scenes.jitter[i, k])) / grid
+                d = S._distance(int(scenes.shape[i, k]), axis[None] - x, axis[:, None] - y, radii[scenes.size[i, k]])
+                alpha = (0.5 - d * res).clamp(0, 1)
+                image[i] = torch.lerp(image[i], colours[scenes.colour[i, k], :, None, None], alpha)
+    assert torch.equal(S.render(scenes, res), image.round().to(torch.uint8))
+
+
 def test_a_sample_does_not_depend_on_its_batch():
     whole, part = S.draw_scenes(range(50), "eval"), S.draw_scenes([37, 4], "eval")
     assert torch.equal(S.render(whole)[[37, 4]], S.render(part))

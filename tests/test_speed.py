@@ -232,6 +232,27 @@ def test_the_call_of_variable_length_attention_is_pytorchs(monkeypatch):
     assert queries.shape == keys.shape == (9,)
 
 
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_blocks_compile_whole_and_once_per_shape(name):
+    """No graph breaks (fullgraph), one graph for all blocks, one more where tokens are routed: on meta tensors, which
+    stop before code is generated. BF16, forward and backward."""
+    with torch.device("meta"):
+        model = T.PRX(**SIZE, span=(1, 1))
+        x, t, text, mask = (torch.empty_like(v, device="meta") for v in inputs())
+        keep = torch.empty(4, 8, dtype=torch.long)
+    model.set_compute_dtype(torch.bfloat16)
+    variants.VARIANTS[name].change(model)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in model.blocks:
+        getattr(block, "block", block).compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    for some_keep, graphs in ((None, 1), (keep, 2), (None, 2), (keep, 2)):
+        out = model(x, t, text, mask, some_keep)
+        out.square().mean().backward()
+        assert out.shape == x.shape and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    torch.compiler.reset()
+
+
 def test_variants_are_compared_and_timed_in_turns(tmp_path, capsys):
     result = variants.main([*SMALL, "--turns", "1", "--steps-per-turn", "1", "--out", str(tmp_path / "v.json")])
     rows = result["rows"]["plain"]["variants"]
