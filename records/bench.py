@@ -6,14 +6,17 @@
     python records/bench.py --track micro --sweep                # cost against depth, width, tokens and batch, plotted
     python train_prx.py --profile --track micro                  # the ten most expensive kernels, and a trace
 
-Each row is one setting; rows run in turns, a few steps each, because machines are noisy, and the median of all steps is
-reported with its quartiles and as a ratio to the first row. FLOPs are the model's own: 3 x train_prx.flops_per_image;
-the teacher's, the optimizer's and those of recomputation do not count. MFU is their share of PEAK_FLOPS (CUDA only).
+Each row is one setting. On CPUs rows run in turns, a few steps each, because such machines are noisy; on CUDA, where
+memory is short, rows of one model do, and the next model is built when the last is gone. A row that does not fit into
+memory says so and is left out. The median of all steps is reported with its quartiles and as a ratio to the first row.
+FLOPs are the model's own: 3 x train_prx.flops_per_image; the teacher's, the optimizer's and those of recomputation do
+not count. MFU is their share of PEAK_FLOPS (CUDA only).
 The floor is the time that those FLOPs would take at the rate of a large matrix product, measured in the same process.
 """
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import json
 import os
@@ -81,10 +84,8 @@ class Ours:
         self.c, self.device, self.teacher, made = c, device, teacher, {} if made is None else made
         dtype = torch.bfloat16 if uses_bf16(c, device) else torch.float32
         compiled = c.compile == "on" or c.compile == "auto" and device.type == "cuda"
-        scorer = c.tread > 0 and c.tread_select == "learned"
-        self.key = (c.optimizer, c.sprint > 0, scorer, c.fp8, c.ema, c.compile, c.hidden, c.depth, c.compute, c.heads,
-                    c.patch)
-        if self.key not in made:
+        scorer, key = c.tread > 0 and c.tread_select == "learned", self.key(c)
+        if key not in made:
             model = T.PRX(in_channels=channels, patch_size=c.patch, hidden_size=c.hidden, mlp_ratio=c.mlp_ratio,
                           context_in_dim=width, num_heads=c.heads, depth=c.depth, span=T.span(c), sprint=c.sprint > 0,
                           scorer=scorer, bottleneck_size=c.bottleneck or None).initialize(0).to(device)
@@ -92,8 +93,8 @@ class Ours:
             model.set_compute_dtype(dtype, c.fp8)
             for block in model.blocks if compiled else ():
                 block.compile(dynamic=False)
-            made[self.key] = model, optimizer
-        self.model, optimizer = made[self.key]
+            made[key] = model, optimizer
+        self.model, optimizer = made[key]
         self.optimizers, self.bytes = [optimizer], 0
         if c.repa:
             if compiled and device.type == "cuda":
@@ -106,6 +107,16 @@ class Ours:
             tensors = [*teacher.model.parameters(), *self.projector.parameters(), *state]
             self.bytes = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
         self.batch = Batch(c, device, channels, factor, width)
+
+    @staticmethod
+    def key(c) -> tuple:
+        """Settings with the same key share a model and its optimizer."""
+        return (c.optimizer, c.sprint > 0, c.tread > 0 and c.tread_select == "learned", c.fp8, c.ema, c.compile,
+                c.hidden, c.depth, c.compute, c.heads, c.patch)
+
+    def facts(self) -> types.SimpleNamespace:
+        """What the report needs when the model is gone."""
+        return types.SimpleNamespace(c=self.c, device=self.device, bytes=self.bytes, flops=self.flops())
 
     def step(self) -> dict[str, float]:
         """Seconds of the parts of one step, and of the whole."""
@@ -211,8 +222,8 @@ class Peer:
         end = time.perf_counter()
         return {"forward + backward": middle - begin, "optimizer": end - middle, "step": end - begin}
 
-    def flops(self) -> float:
-        return self.ours.flops()
+    def facts(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(c=self.c, device=self.device, bytes=0, flops=self.ours.flops())
 
 
 def difference(peer: Peer) -> float | None:
@@ -231,17 +242,62 @@ def difference(peer: Peer) -> float | None:
 
 
 def in_turns(settings: dict, turns: int, steps: int) -> tuple[dict, dict]:
-    """Laps of every setting, and what its first step took, with compilation. The first turn only warms up."""
+    """Laps of every setting, and what its first step took, with compilation. The first turn only warms up; whoever runs
+    out of memory is left out from then on."""
     times, first, peak = {row: [] for row in settings}, {}, {}
     for turn in range(turns + 1):
-        for row, setting in settings.items():
+        for row in list(times):
+            setting = settings[row]
             if setting.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            laps = [setting.step() for _ in range(steps)]
+            try:
+                laps = [setting.step() for _ in range(steps)]
+            except torch.OutOfMemoryError as error:
+                laps, why = None, str(error).splitlines()[0]
+            if laps is None:  # now that the error, which holds on to the step's tensors, is gone
+                print(f"{row}: does not fit into memory ({why})")
+                del times[row]
+                release(setting)
+                continue
             times[row] += laps if turn else []
             first.setdefault(row, laps[0]["step"])
             peak[row] = torch.cuda.max_memory_allocated() if setting.device.type == "cuda" else None
-    return times, {row: dict(first_step_s=first[row], peak_bytes=peak[row]) for row in settings}
+    return times, {row: dict(first_step_s=first[row], peak_bytes=peak[row]) for row in times}
+
+
+def release(*settings):
+    """Gradients of a step that was cut short, and what the allocator holds on to."""
+    for setting in settings:
+        for optimizer in setting.optimizers:
+            optimizer.zero_grad()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def one_by_one(builders: dict, device, turns: int, steps: int, key=lambda row: row, first=lambda settings: None):
+    """Facts, laps and first steps of the settings that `builders` make. On CPUs all are there at once and take turns;
+    on CUDA those with the same key(row), freed before the next are built. `first` sees the first ones alive."""
+    groups = {}
+    for row in builders:
+        groups.setdefault(key(row) if device.type == "cuda" else None, []).append(row)
+    facts, times, extra = {}, {}, {}
+    for names in groups.values():
+        try:
+            settings = {row: builders[row]() for row in names}
+        except torch.OutOfMemoryError as error:
+            settings = {}
+            print(f"{', '.join(names)}: no room for the model ({str(error).splitlines()[0]})")
+        laps, more = in_turns(settings, turns, steps)
+        if laps and not times:
+            first({row: settings[row] for row in laps})
+        facts |= {row: settings[row].facts() for row in laps}
+        times, extra = times | laps, extra | more
+        del settings
+        release()
+    if not times:
+        raise T.UserError("no row fits into this GPU's memory; give a smaller --batch, or --recompute")
+    return facts, times, extra
 
 
 def ceilings(device, dtype) -> tuple[float, float]:
@@ -372,19 +428,19 @@ def choose_rows(base, names: list[str] | None = None) -> dict[str, T.Config]:
     return rows
 
 
-def report(settings: dict, times: dict, extra: dict, ceiling: float) -> dict:
+def report(facts: dict, times: dict, extra: dict, ceiling: float) -> dict:
     """One line per row, and the same as a dict."""
     out, first = {}, None
     print(f"{'':28s}{'ms/step':>10s}{'quartiles':>18s}{'images/s':>10s}{'ratio':>7s}{'TFLOP/s':>9s}{'floor, ms':>11s}  "
           "parts, ms")
     for row, laps in times.items():
-        s, batch = settings[row], settings[row].c.batch
+        s, batch = facts[row], facts[row].c.batch
         low, mid, high = np.percentile([x["step"] for x in laps], (25, 50, 75))
-        first, flops = first or mid / batch, s.flops()
+        first, flops = first or mid / batch, s.flops
         parts = {k: float(np.median([x[k] for x in laps])) * 1e3 for k in laps[0] if k != "step"}
         out[row] = dict(ms=mid * 1e3, quartiles_ms=[low * 1e3, high * 1e3], images_per_s=batch / mid,
                         ratio=first / mid * batch, tflops=flops / mid / 1e12, floor_ms=flops / ceiling * 1e3,
-                        parts_ms=parts, freed_bytes=getattr(s, "bytes", 0), **extra[row])
+                        parts_ms=parts, freed_bytes=s.bytes, **extra[row])
         mfu = ""
         if s.device.type == "cuda":
             compute = flops / (parts["forward + backward"] / 1e3) / T.PEAK_FLOPS
@@ -413,11 +469,12 @@ def sweep(base, shapes, device, turns: int, steps: int, ceiling: float, path: Pa
         "batch": {b: dict(batch=b) for b in (base.batch // 4, base.batch // 2, base.batch, base.batch * 2)}}
     out, (figure, axes) = {}, plt.subplots(1, 4, figsize=(15, 3.6))
     for axis, (what, values) in zip(axes, variants.items()):
-        settings = {v: Ours(dataclasses.replace(plain, **knobs), device, *shapes) for v, knobs in values.items()}
-        times, _ = in_turns(settings, turns, steps)
-        rate = {v: s.c.batch / float(np.median([x["step"] for x in times[v]])) for v, s in settings.items()}
-        model = {v: ceiling / (s.flops() / s.c.batch) for v, s in settings.items()}
-        out[what] = [dict(value=v, images_per_s=rate[v], flop_floor_images_per_s=model[v]) for v in values]
+        builders = {v: lambda c=dataclasses.replace(plain, **knobs): Ours(c, device, *shapes)
+                    for v, knobs in values.items()}
+        facts, times, _ = one_by_one(builders, device, turns, steps)
+        rate = {v: s.c.batch / float(np.median([x["step"] for x in times[v]])) for v, s in facts.items()}
+        model = {v: ceiling / (s.flops / s.c.batch) for v, s in facts.items()}
+        out[what] = [dict(value=v, images_per_s=rate[v], flop_floor_images_per_s=model[v]) for v in facts]
         axis.loglog(list(rate), list(rate.values()), "o-", label="measured, whole step")
         axis.loglog(list(model), list(model.values()), "k--", lw=0.8, label="FLOPs at the matmul ceiling")
         axis.set(xlabel=what, ylabel="images/s")
@@ -479,19 +536,21 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def peers(base, shapes, device, sources: list[str]) -> tuple[dict, dict]:
-    """Ours and theirs, eager and compiled, with Muon and with AdamW; and how far their outputs differ."""
+    """What builds ours and theirs, eager and compiled, with Muon and with AdamW; and how far their outputs differ."""
     c, differences = dataclasses.replace(base, **OFF, ns="classic", ns_steps=5, modulation="muon"), {}  # as the peers
-    settings = {row: Ours(dataclasses.replace(c, **knobs), device, *shapes) for row, knobs in {
+    builders = {row: lambda c=dataclasses.replace(c, **knobs): Ours(c, device, *shapes) for row, knobs in {
         "ours, compiled, Muon": dict(compile="on"), "ours, eager, Muon": dict(compile="off"),
         "ours, compiled, AdamW": dict(compile="on", optimizer="adamw")}.items()}
-    plain = settings["ours, eager, Muon"]
+    plain = builders["ours, eager, Muon"]()
+    plain.optimizers = []  # the peers need its weights and data only
     for source in sources:
         name = "diffusers" if source == "diffusers" else "PRX framework"
         differences[name] = off = difference(Peer(source, "eager, AdamW", plain))
+        release()
         print(f"{name}: " + ("its state dict has other names, so its weights are its own" if off is None else
                              f"the same weights give the same output within {off:.1e} of the largest (FP32)"))
-        settings |= {f"{name}, {kind}": Peer(source, kind, plain) for kind in PEERS}
-    return settings, differences
+        builders |= {f"{name}, {kind}": lambda source=source, kind=kind: Peer(source, kind, plain) for kind in PEERS}
+    return builders, differences
 
 
 def measure(base, args) -> dict:
@@ -507,11 +566,11 @@ def measure(base, args) -> dict:
         path = (args.out or Path("bench.json")).with_suffix(".png")
         result["sweep"] = sweep(base, shapes, device, args.turns, args.steps_per_turn, ceiling, path)
     elif args.peers:
-        settings, result["largest_difference"] = peers(base, shapes, device, args.peers.split(","))
-        rows = result["rows"] = report(settings, *in_turns(settings, args.turns, args.steps_per_turn), ceiling)
+        builders, result["largest_difference"] = peers(base, shapes, device, args.peers.split(","))
+        rows = result["rows"] = report(*one_by_one(builders, device, args.turns, args.steps_per_turn), ceiling)
         for row, theirs in rows.items():
-            if not row.startswith("ours"):
-                ours = "ours, compiled, " + row.split(", ")[-1]
+            ours = "ours, compiled, " + row.split(", ")[-1]
+            if not row.startswith("ours") and ours in rows:
                 theirs["ours_over_it"] = rows[ours]["images_per_s"] / theirs["images_per_s"]
                 print(f"{ours} over {row}: {theirs['ours_over_it']:.2f}x images/s")
     else:
@@ -522,11 +581,21 @@ def measure(base, args) -> dict:
         except T.UserError as error:
             print(f"no row with REPA: {error}")
             rows = {row: c for row, c in rows.items() if not c.repa}
-        settings = {row: Ours(c, device, *shapes, teacher, made) for row, c in rows.items()}
-        result["rows"] = report(settings, *in_turns(settings, args.turns, args.steps_per_turn), ceiling)
-        first = next(iter(settings))
-        step, result["once_ms"] = result["rows"][first]["ms"], once(list(settings.values()), device)
-        share = result["one_of_8_ranks"] = shares(rows[first], settings[first])
+
+        def build(row):
+            if made and Ours.key(rows[row]) not in made and device.type == "cuda":
+                made.clear()
+            return Ours(rows[row], device, *shapes, teacher, made)
+
+        def of_the_first(settings):
+            row = next(iter(settings))
+            result["once_ms"] = once(list(settings.values()), device)
+            result["one_of_8_ranks"] = shares(rows[row], settings[row])
+
+        builders = {row: lambda row=row: build(row) for row in rows}
+        result["rows"] = report(*one_by_one(builders, device, args.turns, args.steps_per_turn,
+                                            lambda row: Ours.key(rows[row]), of_the_first), ceiling)
+        step, share = next(iter(result["rows"].values()))["ms"], result["one_of_8_ranks"]
         print(", ".join(f"{k} {v:.2f} ms ({v / step:.1%} of a step)" for k, v in result["once_ms"].items()))
         print(f"one of 8 ranks: Muon's step {share['muon_ms']:.2f} ms, AdamW's {share['adamw_ms']:.2f} ms, without "
               f"communication; each step a rank sends {share['bytes_sent']['gradients'] / 1e6:.4g} MB of gradients and "

@@ -54,7 +54,8 @@ class Modulated(nn.Module):
 
     def forward(self, x, text, vec, rope, mask):
         if self.number == 0:
-            weight, bias = (torch.cat([getattr(linear, kind) for linear in self.linears]) for kind in ("weight", "bias"))
+            join = lambda kind: torch.cat([getattr(linear, kind) for linear in self.linears])
+            weight, bias = join("weight"), join("bias")
             product = F.linear(F.silu(vec).to(weight.dtype), weight, bias.to(weight.dtype))
             self.rows[:] = product.chunk(len(self.linears), -1)
         return self.block(x, text, self.rows[self.number], rope, mask)
@@ -183,8 +184,10 @@ def measure(base, args) -> dict:
             expected = expected or found
             differences[name] = [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(found, expected)]
             settings[name] = setting
-        rows = bench.report(settings, *bench.in_turns(settings, args.turns, args.steps_per_turn), ceiling)
-        for name, (output, gradients) in differences.items():
+        laps, extra = bench.in_turns(settings, args.turns, args.steps_per_turn)
+        rows = bench.report({name: settings[name].facts() for name in laps}, laps, extra, ceiling)
+        for name in rows:
+            output, gradients = differences[name]
             rows[name] |= dict(difference_of_output=output, difference_of_gradients=gradients)
             print(f"{name}: output differs by {output:.1e}, gradients by {gradients:.1e}, relative")
         result["rows"][row] = dict(config=dataclasses.asdict(c), variants=rows)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +172,44 @@ def test_the_sweep_plots_cost_against_size(tmp_path):
     depth = result["sweep"]["depth"]
     assert depth[0]["flop_floor_images_per_s"] > depth[-1]["flop_floor_images_per_s"] > 0
     assert (tmp_path / "s.png").stat().st_size > 10_000
+
+
+def test_a_row_that_does_not_fit_into_memory_is_left_out_and_models_do_not_pile_up(capsys):
+    class Setting:
+        alive, most = 0, 0
+
+        def __init__(self, fits):
+            self.fits, self.device, self.optimizers = fits, torch.device("cpu"), []
+            Setting.alive += 1
+            Setting.most = max(Setting.most, Setting.alive)
+
+        def __del__(self):
+            Setting.alive -= 1
+
+        def step(self):
+            if not self.fits:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+            return dict(step=0.5)
+
+        def facts(self):
+            return "facts"
+
+    def none():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    seen, cuda = [], SimpleNamespace(type="cuda")
+    builders = {"no model": none, "big": lambda: Setting(False), "small": lambda: Setting(True),
+                "small too": lambda: Setting(True)}
+    facts, times, extra = bench.one_by_one(builders, cuda, 2, 3, lambda row: row.split()[0],
+                                           lambda settings: seen.append(list(settings)))
+    assert set(facts) == set(times) == set(extra) == {"small", "small too"} and len(times["small"]) == 6
+    assert seen == [["small", "small too"]] and Setting.most == 2 and Setting.alive == 0
+    said = capsys.readouterr().out
+    assert "no model: no room for the model" in said and "big: does not fit into memory (CUDA out of mem" in said
+    with pytest.raises(T.UserError, match="no row fits into this GPU's memory"):
+        bench.one_by_one({"big": builders["big"]}, cuda, 1, 1)
+    bench.one_by_one(builders | {"no model": builders["small"]}, torch.device("cpu"), 1, 1)
+    assert Setting.most == 4
 
 
 def test_rows_that_do_not_exist_are_refused():
