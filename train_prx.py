@@ -784,13 +784,14 @@ TEACHERS = {"dinov3": "facebook/dinov3-vitl16-pretrain-lvd1689m", "tiny": str(RO
 
 def pad_text(states: list[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ragged embeddings [b] of (T_i, D) -> (b, T, D) and mask (b, T) bool, T the next multiple of `pad`."""
-    lengths = torch.tensor([len(x) for x in states])
+    lengths, pin = torch.tensor([len(x) for x in states]), torch.cuda.is_available()
     padded = torch.empty(len(states), -(-int(lengths.max()) // pad) * pad, states[0].shape[1], dtype=states[0].dtype,
-                         pin_memory=torch.cuda.is_available())  # the 150 MB of a batch of 128 are written once
+                         pin_memory=pin)  # the 150 MB of a batch of 128 are written once
     for row, x in zip(padded, states):
         row[:len(x)] = x
         row[len(x):] = 0
-    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+    mask = torch.arange(padded.shape[1]) < lengths[:, None]
+    return padded, mask.pin_memory() if pin else mask
 
 
 # =====================================================================================================================
@@ -1002,7 +1003,7 @@ class MuonAdamW:
             w.addcmul_(update.float(), rate * (-c.lr * 0.2 * max(shape[1:]) ** 0.5))  # AdamW's rate fits: 2502.16982
 
         lr = c.lr if c.optimizer == "adamw" else c.lr_adamw
-        steps = torch.tensor(float(self.steps), device=grad.device)
+        steps = torch.full((), float(self.steps), device=grad.device)  # torch.tensor would wait for the GPU
         if self.split < self.size:
             torch._fused_adamw_(  # torch.optim.AdamW's own kernel: one pass
                 [self.master[self.split:]], [grad[self.split:]], [self.exp_avg], [self.exp_avg_sq], [], [steps],

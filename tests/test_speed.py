@@ -217,6 +217,41 @@ def test_rows_that_do_not_exist_are_refused():
         bench.main([*SMALL, "--rows", "nothing"])
 
 
+def test_nothing_in_a_step_waits_for_the_gpu(monkeypatch):
+    """On meta tensors, which have no values: reading one raises, and so does, here, a copy between devices that waits.
+    Every technique at once, with the first step's tables made beforehand as in training."""
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            devices = {x.device.type for x in [*args, out] if isinstance(x, torch.Tensor) and x.ndim}
+            assert len(devices) < 2 or (kwargs or {}).get("non_blocking"), f"{func} waits"
+            return out
+
+    c = T.Config(batch=8, skip_spikes=5.0, weight_decay=0.1, ema_every=1)
+    with torch.device("meta"):
+        model, projector = T.PRX(**SIZE, span=(1, 1), scorer=True), T.Alignment(32, 24, "repa")
+        x, eps = torch.randn(2, 8, 3, 16, 16)
+        t, text, mask, features = torch.rand(8), torch.randn(8, 8, 20), torch.ones(8, 8).bool(), torch.randn(8, 16, 24)
+    optimizers = [T.MuonAdamW(net.named_parameters(), c, T.World(device=x.device)) for net in (model, projector)]
+    for net in (model, projector):
+        net.set_compute_dtype(torch.bfloat16)
+
+    def step():
+        keep = T.route(8, x, 4, 0.5, None)
+        losses, plain, _, tapped = T.flow_matching_loss(model, x, eps, t, text, mask, "v", 0.05, keep, 1)
+        (losses + projector(*tapped, features, 4, 4)).mean().backward()
+        torch.zeros(2, 10, device="meta").index_add_(1, (t * 10).long(), torch.stack([plain, torch.ones_like(plain)]))
+        for each in optimizers:
+            each.accumulate()
+            each.step(0.5)
+
+    step()
+    for name in ("tensor", "as_tensor"):  # their copies wait, too, and are not seen by the watch
+        monkeypatch.setattr(torch, name, lambda *a, **k: pytest.fail("torch.tensor waits for the GPU"))
+    with Watch():
+        step()
+
+
 # --- variants: what could replace parts of the step
 
 def by_runs(q, k, v, queries, keys, longest_query, longest_key):
