@@ -46,6 +46,8 @@ ROWS = {"micro": TECHNIQUES, "mini": TECHNIQUES, "24h": {
     "256 px, 128": SMALL, "256 px, 128, FP8": SMALL | dict(fp8=True), "256 px, 128, REPA": SMALL | dict(repa=0.5),
     "256 px, 32": dict(resolution=256, batch=32), "1024 px, 8": LARGE, "1024 px, 8, TREAD": LARGE | dict(tread=0.5),
     "1024 px, 8, FP8": LARGE | dict(fp8=True), "256 px, 128, AdamW": SMALL | dict(optimizer="adamw")}}
+VIT_L = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, patch_size=16,
+             num_register_tokens=4)  # DINOv3 ViT-L/16
 PEERS = ("eager, Muon", "compiled, Muon", "eager, AdamW", "compiled, AdamW")
 
 
@@ -239,6 +241,21 @@ def difference(peer: Peer) -> float | None:
     with torch.no_grad():
         ours, theirs = (net(b.x_0, b.t, b.text, b.mask) for net in (model, peer.model))
     return ((ours - theirs).abs().max() / ours.abs().max()).item()
+
+
+def teacher_for(c, device) -> encoders.Teacher:
+    """REPA's teacher. A step takes as long with random weights, so where DINOv3's cannot be had, a network of its shape
+    gets some."""
+    try:
+        return encoders.Teacher("repa-teacher", c.repa_teacher, device)
+    except T.UserError as error:
+        if c.repa_teacher != "dinov3":
+            raise
+        print(f"REPA's teacher is a ViT-L/16 with random weights: {error}")
+    transformers = encoders.quiet_import("transformers")
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**VIT_L)).bfloat16().save_pretrained(folder)
+        return encoders.Teacher("repa-teacher", folder, device)
 
 
 def in_turns(settings: dict, turns: int, steps: int) -> tuple[dict, dict]:
@@ -491,7 +508,7 @@ def sweep(base, shapes, device, turns: int, steps: int, ceiling: float, path: Pa
 def profile(c):
     """A torch.profiler trace of three steps, and the ten kernels that cost most, with their share."""
     device = T.setup_world().device
-    teacher = encoders.Teacher("repa-teacher", c.repa_teacher, device) if c.repa else None
+    teacher = teacher_for(c, device) if c.repa else None
     setting = Ours(c, device, *shapes_of(c), teacher)
     for _ in range(3):
         setting.step()
@@ -574,13 +591,8 @@ def measure(base, args) -> dict:
                 theirs["ours_over_it"] = rows[ours]["images_per_s"] / theirs["images_per_s"]
                 print(f"{ours} over {row}: {theirs['ours_over_it']:.2f}x images/s")
     else:
-        rows, teacher, made = choose_rows(base, args.rows), None, {}
-        try:
-            if any(c.repa for c in rows.values()):
-                teacher = encoders.Teacher("repa-teacher", base.repa_teacher, device)
-        except T.UserError as error:
-            print(f"no row with REPA: {error}")
-            rows = {row: c for row, c in rows.items() if not c.repa}
+        rows, made = choose_rows(base, args.rows), {}
+        teacher = teacher_for(base, device) if any(c.repa for c in rows.values()) else None
 
         def build(row):
             if made and Ours.key(rows[row]) not in made and device.type == "cuda":

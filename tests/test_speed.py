@@ -212,6 +212,24 @@ def test_a_row_that_does_not_fit_into_memory_is_left_out_and_models_do_not_pile_
     assert Setting.most == 4
 
 
+def test_repa_is_timed_with_random_weights_where_dinov3_cannot_be_had(monkeypatch, capsys):
+    def none(*_, **__):
+        raise OSError("offline")
+
+    import transformers
+    real, asked = transformers.AutoModel.from_pretrained, []
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda folder, **k: (
+        asked.append(folder), none() if "dinov3-vitl16" in str(folder) else real(folder, **k))[1])
+    monkeypatch.setattr(bench, "VIT_L", bench.VIT_L | dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                                           intermediate_size=64))
+    result = bench.main([*SMALL, "--repa-teacher", "dinov3", "--rows", "plain", "REPA", "--turns", "1",
+                         "--steps-per-turn", "1", "--compile", "off"])
+    assert len(asked) == 2 and result["rows"]["REPA"]["parts_ms"]["teacher"] > 0
+    assert "ViT-L/16 with random weights: --repa-teacher dinov3 cannot be loaded (offline)" in capsys.readouterr().out
+    with pytest.raises(T.UserError, match="--repa-teacher .*nowhere cannot be loaded"):
+        bench.main([*SMALL, "--repa-teacher", "/nowhere", "--rows", "REPA"])
+
+
 def test_rows_that_do_not_exist_are_refused():
     with pytest.raises(T.UserError, match="--rows nothing is unknown"):
         bench.main([*SMALL, "--rows", "nothing"])
