@@ -185,24 +185,27 @@ def render(scenes: Scenes, res: int = 32, device="cpu") -> torch.Tensor:
     radius = torch.tensor(list(SIZES.values()), device=device)[size] / grid        # (N, K), in image widths
     centre = torch.stack([place % grid, place // grid], -1) + 0.5 + JITTER * jitter
     centre = centre / grid                                                         # (N, K, 2): x, y
-    axis = (torch.arange(res, device=device) + 0.5) / res
-    every = _background(torch.arange(len(BACKGROUNDS) * len(PATTERNS), device=device), res).to(torch.uint8)
-    image = every[to(scenes.background)]
+    n, slot = (place >= 0).nonzero(as_tuple=True)                                  # (M,): all objects
+    x, y = centre[n, slot].unbind(-1)
     # An object changes a window around it, `side` pixels wide; the tip of a triangle is 1.1 radii away
     side = min(res, 2 * math.ceil(1.1 * max(SIZES.values()) / grid * res) + 4)
-    windows, steps = image.unfold(2, side, 1).unfold(3, side, 1), torch.arange(side, device=device)
-    corner = ((centre * res).long() - side // 2).clamp(0, res - side)              # (N, K, 2): left, top
-    for slot in range(place.shape[1]):                                             # objects never overlap
-        for kind in range(len(SHAPES)):
-            rows = ((place[:, slot] >= 0) & (shape[:, slot] == kind)).nonzero()[:, 0]
-            left, top = corner[rows, slot].unbind(-1)
-            x = axis[left[:, None] + steps][:, None] - centre[rows, slot, 0, None, None]     # (n, 1, side)
-            y = axis[top[:, None] + steps][:, :, None] - centre[rows, slot, 1, None, None]   # (n, side, 1)
-            d = _distance(kind, x, y, radius[rows, slot, None, None])              # (n, side, side)
-            alpha = (0.5 - d * res).clamp(0, 1)[:, None]                           # one pixel of anti-aliasing
-            inside = palette[colour[rows, slot], :, None, None]
-            drawn = torch.lerp(windows[rows, :, top, left].float(), inside, alpha)
-            windows[rows, :, top, left] = drawn.round().to(torch.uint8)            # of different images
+    left, top = ((v * res).long().sub(side // 2).clamp(0, res - side) for v in (x, y))
+    axis, steps = (torch.arange(res, device=device) + 0.5) / res, torch.arange(side, device=device)
+    x = axis[left[:, None] + steps][:, None] - x[:, None, None]                    # (M, 1, side)
+    y = axis[top[:, None] + steps][:, :, None] - y[:, None, None]                  # (M, side, 1)
+    distance = x.new_empty(len(n), side, side)
+    for kind in range(len(SHAPES)):
+        rows = (shape[n, slot] == kind).nonzero()[:, 0]
+        distance[rows] = _distance(kind, x[rows], y[rows], radius[n, slot][rows, None, None])
+    alpha = (0.5 - distance * res).clamp(0, 1)[:, None]                            # one pixel of anti-aliasing
+    inside = palette[colour[n, slot]][:, :, None, None]
+    every = _background(torch.arange(len(BACKGROUNDS) * len(PATTERNS), device=device), res).to(torch.uint8)
+    image = every[to(scenes.background)]
+    windows = image.unfold(2, side, 1).unfold(3, side, 1)                          # (N, 3, top, left, side, side)
+    for k in range(place.shape[1]):                                                # one object per image at a time
+        rows = (slot == k).nonzero()[:, 0]
+        at = n[rows], slice(None), top[rows], left[rows]
+        windows[at] = torch.lerp(windows[at].float(), inside[rows], alpha[rows]).round().to(torch.uint8)
     return image
 
 
