@@ -1224,8 +1224,8 @@ class Checkpoints:
             for k, v in tensors.items():
                 self.snapshot[k].copy_(v, non_blocking=True)
             optimizer, self.last = optimizers[""], state["step"]
-            state = state | dict(ranks=self.world.size, optimizer_steps=optimizer.steps, elapsed=elapsed,
-                                 typical=optimizer.typical.item())  # which also waits for the copies
+            state = state | dict(ranks=self.world.size, optimizer_steps={k: o.steps for k, o in optimizers.items()},
+                                 elapsed=elapsed, typical=optimizer.typical.item())  # which also waits for the copies
             self.thread = threading.Thread(target=self.write, args=(state,), daemon=True)
             self.thread.start()
         if wait:
@@ -1310,7 +1310,7 @@ def load_checkpoint(folder: Path, optimizers: dict[str, MuonAdamW]) -> dict:
         return where[key].get_tensor(key)
 
     for prefix, optimizer in optimizers.items():
-        optimizer.load_state_dict(lambda key: read(prefix + key), state["optimizer_steps"])
+        optimizer.load_state_dict(lambda key: read(prefix + key), state["optimizer_steps"][prefix])
     optimizers[""].typical.fill_(state["typical"])
     return state
 
@@ -1458,8 +1458,7 @@ def train(config: Config, stages: list[Stage]) -> int:
     if config.weights == "bf16":
         log("--weights bf16 stores the weights in BF16, where small updates round away to nothing: an ablation of how "
             "training fails silently, not a setting to use")
-    # On two cores compiling takes 15 s and saves about a fifth of a micro step (records/speed.md)
-    long = config.steps >= 600 or config.hours >= 1.5 / 60
+    long = config.steps >= 600 or config.hours >= 1.5 / 60  # two cores: 15 s for a fifth of a step (records/speed.md)
     compiled = config.compile == "on" or config.compile == "auto" and (device.type == "cuda" or long)
     frozen = [net.model for net in (teacher, critic) if net and device.type == "cuda"]  # on CPUs it costs 8 s, saves 2
     if compiled:
@@ -1556,11 +1555,13 @@ def train(config: Config, stages: list[Stage]) -> int:
             loader = Prefetch(host_batches(data, c, state["batches"], state["step"], rows),
                               depth=3 if device.type == "cuda" else 0)
 
-        if teacher and (progress if c.repa_until <= 1 else state["samples"]) >= c.repa_until:  # the burn-in is over
+        over = (progress if c.repa_until <= 1 else state["samples"]) >= c.repa_until
+        if teacher and (over or not any(k.repa for k in configs[stage:])):
             teacher = projector = None
             optimizers.pop("repa.").arrive()
             state["burned_in"] = True
             log(f"REPA ends at step {state['step']}: the teacher is gone from memory, the projector from the optimizer")
+        moving = [each for prefix, each in optimizers.items() if not prefix or c.repa]  # no projector in stages without
         x, t, texts, images = next(loader)
         x_0, t = to_latents(x, vae, device), t.to(device, non_blocking=True)
         noise = generator_for(device, c.seed, state["step"], 1)
@@ -1574,11 +1575,11 @@ def train(config: Config, stages: list[Stage]) -> int:
             losses, plain = losses_of(x_0[part], eps[part], t[part], text, mask, None if keep is None else keep[part],
                                       None if pixels is None else pixels[part])
             (losses.sum() / share).backward()
-            for each in optimizers.values():
+            for each in moving:
                 each.accumulate()
             loss += plain.sum() / share
             by_time.index_add_(1, (t[part] * 10).long(), torch.stack([plain, torch.ones_like(plain)]))
-        norm, *_ = [each.step(lr_share(progress, state["first_progress"], c), False) for each in optimizers.values()]
+        norm, *_ = [each.step(lr_share(progress, state["first_progress"], c), wait=False) for each in moving]
         heart.add(loss, by_time, norm, progress)
         state |= dict(step=state["step"] + 1, batches=state["batches"] + 1, samples=state["samples"] + c.batch)
 

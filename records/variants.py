@@ -148,9 +148,9 @@ class Changed(bench.Ours):
             out = self.model(b.x_0, b.t, b.text, b.mask, keep)
             out.square().mean().backward()
         params = self.optimizers[0].params.values()
-        gradients = torch.cat([p.grad.float().flatten() for p in params])
+        gradients = torch.cat([p.grad.float().flatten().cpu() for p in params])  # 5 GB for 1.2 B parameters
         self.optimizers[0].zero_grad()
-        return [out.detach().clone(), gradients]
+        return [out.detach().cpu(), gradients]
 
 
 def awaken(ours: bench.Ours):
@@ -178,6 +178,7 @@ def measure(base, args) -> dict:
             try:
                 setting = Changed(ours, variant)
                 found = setting.output_and_gradients()
+                bench.release()
             except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # one of them must not end the rest
                 print(f"{name}: does not run here ({(str(error).strip() or type(error).__name__).splitlines()[0]})")
                 continue
@@ -191,6 +192,8 @@ def measure(base, args) -> dict:
             rows[name] |= dict(difference_of_output=output, difference_of_gradients=gradients)
             print(f"{name}: output differs by {output:.1e}, gradients by {gradients:.1e}, relative")
         result["rows"][row] = dict(config=dataclasses.asdict(c), variants=rows)
+        del ours, settings, setting
+        bench.release()
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")

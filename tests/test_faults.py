@@ -135,13 +135,13 @@ def test_a_disk_that_is_really_full_leaves_the_old_checkpoint_valid(in_tmp, caps
         pytest.skip("this machine does not let us mount a tmpfs")
     step = T.MuonAdamW.step
 
-    def fills(self, *a):  # somebody else fills the disk while we train
+    def fills(self, *a, **k):  # somebody else fills the disk while we train
         file = os.open(folder / "ballast", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         with contextlib.suppress(OSError):
             while True:
                 os.write(file, bytes(10000))
         os.close(file)
-        return step(self, *a)
+        return step(self, *a, **k)
 
     try:
         run("--steps", 9, "--name", "r", "--stop-after", 3)

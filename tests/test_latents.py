@@ -351,3 +351,42 @@ def test_the_1b_model_takes_every_latent_space_on_the_meta_device(vae, size, tok
         loss.sum().backward()
     assert seen == [(2, tokens, 1792)] and all(p.grad is not None for p in model.parameters())
     assert 1.15e9 < sum(p.numel() for p in model.parameters()) < 1.2e9
+
+
+def test_the_24_hour_track_in_miniature(in_tmp, vaes, t5gemma, monkeypatch, capsys):
+    """Its own recipe and three stages, from prepared shards of 256 and 512 px and curated ones: only the model is small, the
+    batches are 1/256 and the networks random. Too short for REPA's burn-in, and stopped in every stage."""
+    import transformers
+    from PIL import Image
+
+    from data import prepare, scenes
+
+    torch.manual_seed(0)
+    transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(
+        patch_size=16, num_register_tokens=4, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32)).save_pretrained("vit")
+    for folder, first in (("photos", 0), ("curated", 40)):
+        Path(folder).mkdir()
+        drawn = scenes.draw_scenes(range(first, first + 16))
+        with open(f"{folder}/metadata.jsonl", "w") as lines:
+            texts = zip(scenes.captions(drawn), scenes.captions(drawn, "short"))
+            for i, (picture, (long, short)) in enumerate(zip(scenes.render(drawn, 512), texts)):
+                Image.fromarray(picture.permute(1, 2, 0).numpy()).save(f"{folder}/{i}.png")
+                lines.write(json.dumps(dict(file_name=f"{i}.png", text=long, text_short=short)) + "\n")
+        prepare.prepare(folder, f"{folder}-shards", size="256,512", store="image,latent,text", vae=str(vaes / "flux"),
+                        text=str(t5gemma), eval_share=0.1)
+    c, stages = T.TRACKS["24h"]
+    assert [s.knobs["batch"] for s in stages] == [1024, 512, 256] and c.repa and not stages[1].knobs["repa"]
+    small = [T.Stage(s.name, s.share, s.knobs | dict(batch=s.knobs["batch"] // 256)) for s in stages]
+    monkeypatch.setitem(T.TRACKS, "micro", (T.dataclasses.replace(c, track="micro", hidden=32, heads=2), small))  # no CUDA
+    flags = ["--track", "micro", "--data", "photos-shards", "--sft-data", "curated-shards", "--vae", str(vaes / "flux"),
+             "--text", str(t5gemma), "--repa-teacher", "vit", "--steps", "20", "--samples", "1", "--sample-steps", "2",
+             "--compile", "off"]
+    for name, stops in (("whole", [0]), ("cut", [5, 16, 0])):
+        for stop in stops:
+            assert T.main([*flags, "--name", name, "--stop-after", str(stop)]) == 0, capsys.readouterr()
+    said = capsys.readouterr().out
+    assert said.count("stage 512px:") == said.count("stage sft:") == 2 and said.count("REPA ends at step 13:") == 2
+    a, b = (load_file(f"logs/{n}/transformer/diffusion_pytorch_model.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a) and losses("whole") == losses("cut")
+    assert read_metrics(Path("logs/whole"))[-1]["samples"] == 13 * 4 + 6 * 2 + 1

@@ -345,6 +345,28 @@ def test_repa_raises_the_similarity(in_tmp, monkeypatch):
     assert np.mean(seen[-5:]) > np.mean(seen[:5]) + 0.3
 
 
+def test_alignment_may_differ_between_stages_and_ends_with_the_last_one_that_has_it(in_tmp, monkeypatch, capsys):
+    """The 24 h track has REPA in its first stage only; a run too short for the burn-in comes to the next one with it."""
+    c = T.TRACKS["micro"][0]
+    stages = [T.Stage("a", 0.25), T.Stage("b", 0.25, off := dict(repa=0.0)), T.Stage("c", 0.25), T.Stage("d", 0.25, off)]
+    monkeypatch.setitem(T.TRACKS, "micro", (T.dataclasses.replace(c, repa_until=51e6, repa=0.5), stages))
+    assert RUN[2:4] == ["--repa", "0"]
+    flags, moved, step = [*RUN[:2], *RUN[4:], "--steps", "8"], [], T.MuonAdamW.step
+
+    def spy(self, *args, **more):
+        moved.append(len(self.params) < 10)
+        return step(self, *args, **more)
+
+    monkeypatch.setattr(T.MuonAdamW, "step", spy)
+    assert T.main([*flags, "--name", "whole"]) == 0
+    assert moved == [False, True] * 2 + [False] * 2 + [False, True] * 2 + [False] * 2  # model, projector
+    assert capsys.readouterr().out.count("REPA ends at step 6") == 1
+    for stop in (1, 3, 5, 7, 0):
+        assert T.main([*flags, "--name", "cut", "--stop-after", str(stop)]) == 0
+    a, b = (T.load_transformer(f"logs/{n}/transformer").state_dict() for n in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_two_ranks_follow_one_with_everything_on(in_tmp, teachers):
     import subprocess
     import sys

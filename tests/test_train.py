@@ -185,7 +185,7 @@ def test_stages_change_their_knobs_at_their_share_and_resume_inside_one(in_tmp, 
 
     rates = []
     monkeypatch.setattr(T, "host_batches", spy)
-    monkeypatch.setattr(T.MuonAdamW, "step", lambda self, *a: (rates.append(self.config.lr), step(self, *a))[1])
+    monkeypatch.setattr(T.MuonAdamW, "step", lambda self, *a, **k: (rates.append(self.config.lr), step(self, *a, **k))[1])
     flags = [f for f in TINY if f not in ("--batch", "16")]
     for name, stops in (("whole", [0]), ("cut", [3, 7, 0])):
         for stop in stops:
