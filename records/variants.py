@@ -173,7 +173,7 @@ def measure(base, args) -> dict:
         ours = bench.Ours(dataclasses.replace(c, compile="off"), device, *shapes)  # as one of the variants, compiled
         ours.c = c
         awaken(ours)
-        settings, expected, differences = {}, None, {}
+        settings, setting, expected, differences = {}, None, None, {}
         for name, variant in variants.items():
             try:
                 setting = Changed(ours, variant)
