@@ -927,7 +927,7 @@ class MuonAdamW:
         flat, (most, least) = self.master if flat is None else flat, self.matrices
         dtype = next((p.dtype for p in self.params.values() if p.ndim > 1), torch.float32)
         parts = [(flat, 0)] if dtype == torch.float32 or self.world.size == 1 else [
-            (flat[least:].contiguous(), least), (flat[:most].to(dtype), 0)]
+            (flat[least:], least), (flat[:most].to(dtype), 0)]
         self.coming = [self.all_ranks(*part) for part in parts]
         if wait:
             self.arrive()
@@ -969,8 +969,8 @@ class MuonAdamW:
 
         A non-finite gradient leaves the weights as they are and counts in `skipped`, with no synchronisation.
         """
-        c, self.filled = self.config, False
-        self.steps += 1
+        self.arrive()  # until then the masters are read
+        c, self.filled, self.steps = self.config, False, self.steps + 1
         grad = self.grads[0]
         if self.world.size > 1:
             wire = torch.bfloat16 if c.wire == "bf16" else torch.float32

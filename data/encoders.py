@@ -109,10 +109,9 @@ class TextEncoder:
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.tokenizer(prompts, padding=True, pad_to_multiple_of=self.pad, truncation=True,
-                                max_length=self.max_tokens, return_tensors="pt")
-        pin = (lambda x: x.pin_memory()) if torch.cuda.is_available() else lambda x: x  # nobody waits for the copies
-        ids, mask = (pin(tokens[k]).to(self.device, non_blocking=True) for k in ("input_ids", "attention_mask"))
-        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float(), mask.bool()
+                                max_length=self.max_tokens, return_tensors="pt").to(self.device)
+        states = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+        return states.float(), tokens["attention_mask"].bool()
 
 
 class Teacher:

@@ -93,6 +93,7 @@ class Ours:
                           scorer=scorer, bottleneck_size=c.bottleneck or None).initialize(0).to(device)
             optimizer = T.MuonAdamW(model.named_parameters(), c)
             model.set_compute_dtype(dtype, c.fp8)
+            model.recompute = c.recompute
             for block in model.blocks if compiled else ():
                 block.compile(dynamic=False)
             made[key] = model, optimizer
@@ -114,7 +115,7 @@ class Ours:
     def key(c) -> tuple:
         """Settings with the same key share a model and its optimizer."""
         return (c.optimizer, c.sprint > 0, c.tread > 0 and c.tread_select == "learned", c.fp8, c.ema, c.compile,
-                c.hidden, c.depth, c.compute, c.heads, c.patch)
+                c.hidden, c.depth, c.compute, c.heads, c.patch, c.recompute)
 
     def facts(self) -> types.SimpleNamespace:
         """What the report needs when the model is gone."""
@@ -307,7 +308,10 @@ def one_by_one(builders: dict, device, turns: int, steps: int, key=lambda row: r
             print(f"{', '.join(names)}: no room for the model ({str(error).splitlines()[0]})")
         laps, more = in_turns(settings, turns, steps)
         if laps and not times:
-            first({row: settings[row] for row in laps})
+            try:
+                first({row: settings[row] for row in laps})
+            except torch.OutOfMemoryError as error:
+                print(f"EMA, checkpoint and shares of ranks: no room beside the model ({str(error).splitlines()[0]})")
         facts |= {row: settings[row].facts() for row in laps}
         times, extra = times | laps, extra | more
         del settings
@@ -402,7 +406,7 @@ def once(settings: list[Ours], device) -> dict:
             checkpoints.save({"": optimizer}, dict(step=step[0]), 0.0)
             return time.perf_counter() - start
 
-        stalls = [save() for _ in range(4)]
+        stalls = [save() for _ in range(4 if optimizer.size < 1e8 else 2)]  # 19 GB each for 1.2 B parameters
         checkpoints.wait()
         out["checkpoint stall"], out["first checkpoint stall"] = float(np.median(stalls[1:])) * 1e3, stalls[0] * 1e3
     if c.data == "scenes":
@@ -418,9 +422,15 @@ def compile_seconds(base) -> dict:
             "print(bench.Ours(c, bench.T.setup_world().device, *bench.shapes_of(c)).step()['step'])")
     config = json.dumps(dataclasses.asdict(dataclasses.replace(base, **OFF, compile="on")))
     with tempfile.TemporaryDirectory() as cache:
-        run = lambda: float(subprocess.run([sys.executable, "-c", code, config], capture_output=True, text=True,
-                                           cwd=T.ROOT, check=True, env=os.environ | dict(TORCHINDUCTOR_CACHE_DIR=cache)
-                                           ).stdout.splitlines()[-1])
+        def run():
+            done = subprocess.run([sys.executable, "-c", code, config], capture_output=True, text=True, cwd=T.ROOT,
+                                  env=os.environ | dict(TORCHINDUCTOR_CACHE_DIR=cache))
+            if done.returncode:
+                raise T.UserError(f"--compile-time: the step fails in a process of its own ("
+                                  f"{(done.stderr.strip() or 'no message').splitlines()[-1]}); what was measured "
+                                  "before is kept")
+            return float(done.stdout.splitlines()[-1])
+
         return dict(cold_s=run(), warm_s=run())
 
 
@@ -570,6 +580,38 @@ def peers(base, shapes, device, sources: list[str]) -> tuple[dict, dict]:
     return builders, differences
 
 
+def rows_of_the_track(base, shapes, device, args, ceiling: float, result: dict) -> T.Config:
+    """Times them, puts what it finds into `result`, prints it, and returns the settings of the first that fits."""
+    rows, made = choose_rows(base, args.rows), {}
+    teacher = teacher_for(base, device) if any(c.repa for c in rows.values()) else None
+
+    def build(row):
+        if Ours.key(rows[row]) not in made and device.type == "cuda":
+            made.clear()
+            release()
+        return Ours(rows[row], device, *shapes, teacher, made)
+
+    def of_the_first(settings):
+        row = next(iter(settings))
+        result["once_ms"] = once(list(settings.values()), device)
+        result["one_of_8_ranks"] = shares(rows[row], settings[row])
+
+    result["rows"] = report(*one_by_one({row: lambda row=row: build(row) for row in rows}, device, args.turns,
+                                        args.steps_per_turn, lambda row: Ours.key(rows[row]), of_the_first), ceiling)
+    first = next(iter(result["rows"]))
+    if "once_ms" in result:
+        print(", ".join(f"{k} {v:.2f} ms ({v / result['rows'][first]['ms']:.1%} of a step)"
+                        for k, v in result["once_ms"].items()))
+    if "one_of_8_ranks" in result:
+        share = result["one_of_8_ranks"]
+        print(f"one of 8 ranks: Muon's step {share['muon_ms']:.2f} ms, AdamW's {share['adamw_ms']:.2f} ms, without "
+              f"communication; each step a rank sends {share['bytes_sent']['gradients'] / 1e6:.4g} MB of gradients and "
+              f"{share['bytes_sent']['weights'] / 1e6:.4g} MB of weights")
+    if freed := max(row["freed_bytes"] for row in result["rows"].values()):
+        print(f"the end of REPA's burn-in frees {freed / 1e6:.1f} MB (teacher, projector, its state)")
+    return rows[first]
+
+
 def measure(base, args) -> dict:
     """Everything that `args` asks for; returns, and writes, what was printed."""
     shapes, device = shapes_of(base), T.setup_world().device
@@ -579,6 +621,13 @@ def measure(base, args) -> dict:
         dtype=str(dtype).removeprefix("torch."), flops_per_s=ceiling, bytes_per_s=bandwidth))
     print(f"a large {result['ceilings']['dtype']} matrix product reaches {ceiling / 1e12:.2f} TFLOP/s here, a large "
           f"copy moves {bandwidth / 1e9:.1f} GB/s")
+    typical = base
+
+    def write():
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+
     if args.sweep:
         path = (args.out or Path("bench.json")).with_suffix(".png")
         result["sweep"] = sweep(base, shapes, device, args.turns, args.steps_per_turn, ceiling, path)
@@ -591,36 +640,15 @@ def measure(base, args) -> dict:
                 theirs["ours_over_it"] = rows[ours]["images_per_s"] / theirs["images_per_s"]
                 print(f"{ours} over {row}: {theirs['ours_over_it']:.2f}x images/s")
     else:
-        rows, made = choose_rows(base, args.rows), {}
-        teacher = teacher_for(base, device) if any(c.repa for c in rows.values()) else None
-
-        def build(row):
-            if made and Ours.key(rows[row]) not in made and device.type == "cuda":
-                made.clear()
-            return Ours(rows[row], device, *shapes, teacher, made)
-
-        def of_the_first(settings):
-            row = next(iter(settings))
-            result["once_ms"] = once(list(settings.values()), device)
-            result["one_of_8_ranks"] = shares(rows[row], settings[row])
-
-        builders = {row: lambda row=row: build(row) for row in rows}
-        result["rows"] = report(*one_by_one(builders, device, args.turns, args.steps_per_turn,
-                                            lambda row: Ours.key(rows[row]), of_the_first), ceiling)
-        step, share = next(iter(result["rows"].values()))["ms"], result["one_of_8_ranks"]
-        print(", ".join(f"{k} {v:.2f} ms ({v / step:.1%} of a step)" for k, v in result["once_ms"].items()))
-        print(f"one of 8 ranks: Muon's step {share['muon_ms']:.2f} ms, AdamW's {share['adamw_ms']:.2f} ms, without "
-              f"communication; each step a rank sends {share['bytes_sent']['gradients'] / 1e6:.4g} MB of gradients and "
-              f"{share['bytes_sent']['weights'] / 1e6:.4g} MB of weights")
-        if freed := max(row["freed_bytes"] for row in result["rows"].values()):
-            print(f"the end of REPA's burn-in frees {freed / 1e6:.1f} MB (teacher, projector, its state)")
+        typical = rows_of_the_track(base, shapes, device, args, ceiling, result)
+    write()
     if args.compile_time:
-        result["compile"] = compile_seconds(base)
+        release()
+        result["compile"] = compile_seconds(typical)
         print("first step of a fresh process, with compilation: cold {cold_s:.1f} s, warm {warm_s:.1f} s".format(
             **result["compile"]))
+        write()
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {args.out}")
     return result
 

@@ -1,7 +1,7 @@
 """What could make a step faster and is not in train_prx.py: the same model, weights and outputs, computed otherwise.
 
     python records/variants.py                                        # on a GPU: 256 and 1024 px, what to build next
-    python records/variants.py --track micro --compile on --out records/bench/variants.json
+    python records/variants.py --track micro --compile on --turns 12 --steps-per-turn 6 --out variants.json
 
 Each variant shares its parameters with the trainer's model; before anything is timed its output and gradients are
 compared with the model's own. Then all take turns in one process. What pays moves into the script, and what does not
@@ -11,6 +11,7 @@ into records/speed.md. "Attention without a mask", cuDNN's and CUDA graphs need 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -85,6 +86,14 @@ class WithoutMask(T.Attention):
         return self.to_out[0](out.unflatten(0, (B, N)).flatten(2))
 
 
+class Cudnn(T.Attention):
+    """The context is inside: around the compiled block it would not be seen, the kernel being chosen by then."""
+
+    def forward(self, *args):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return super().forward(*args)
+
+
 def gate_and_up(model):
     for block in model.blocks:
         block.__class__ = GateAndUp
@@ -95,9 +104,9 @@ def modulations(model):
     model.blocks = nn.ModuleList(Modulated(block, i, linears, rows) for i, block in enumerate(model.blocks))
 
 
-def without_mask(model):
+def attention_by(kind, model):
     for block in model.blocks:
-        block.attention.__class__ = WithoutMask
+        block.attention.__class__ = kind
 
 
 @contextlib.contextmanager
@@ -118,8 +127,8 @@ VARIANTS = {
     "as it is": Variant(),
     "gate and up in one product": Variant(gate_and_up),
     "all modulations in one product": Variant(modulations),
-    "attention without a mask (flash)": Variant(without_mask, cuda=True),
-    "cuDNN's attention, with the mask": Variant(around=lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION), cuda=True),
+    "attention without a mask (flash)": Variant(functools.partial(attention_by, WithoutMask), cuda=True),
+    "cuDNN's attention, with the mask": Variant(functools.partial(attention_by, Cudnn), cuda=True),
     "CUDA graphs": Variant(around=new_graph_step, compile=dict(mode="reduce-overhead"), cuda=True)}
 
 
@@ -143,19 +152,19 @@ class Changed(bench.Ours):
 
     def output_and_gradients(self) -> list[torch.Tensor]:
         b, c = self.batch, self.c
+        self.optimizers[0].zero_grad()
         keep = T.route(c.batch, b.x_0, c.patch, c.tread, T.generator_for(self.device, 0)) if c.tread else None
         with self.around():
             out = self.model(b.x_0, b.t, b.text, b.mask, keep)
             out.square().mean().backward()
         params = self.optimizers[0].params.values()
         gradients = torch.cat([p.grad.float().flatten().cpu() for p in params])  # 5 GB for 1.2 B parameters
-        self.optimizers[0].zero_grad()
         return [out.detach().cpu(), gradients]
 
 
 def awaken(ours: bench.Ours):
     """Weights away from where they start: a fresh PRX outputs zero whatever is computed inside."""
-    [optimizer] = ours.optimizers
+    optimizer = ours.optimizers[0]
     optimizer.master += 0.02 * torch.randn(optimizer.master.shape, generator=T.generator_for("cpu", 0)).to(ours.device)
     optimizer.publish()
 
@@ -170,17 +179,20 @@ def measure(base, args) -> dict:
     names = args.rows or (["256 px, 128", "1024 px, 8"] if base.track == "24h" else ["plain"])
     for row, c in bench.choose_rows(base, names).items():
         print(f"{row}:")
-        ours = bench.Ours(dataclasses.replace(c, compile="off"), device, *shapes)  # as one of the variants, compiled
+        teacher = bench.teacher_for(c, device) if c.repa else None
+        ours = bench.Ours(dataclasses.replace(c, compile="off"), device, *shapes, teacher)  # compiled as a variant
         ours.c = c
         awaken(ours)
         settings, setting, expected, differences = {}, None, None, {}
         for name, variant in variants.items():
+            found = None
             try:
                 setting = Changed(ours, variant)
                 found = setting.output_and_gradients()
-                bench.release()
             except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # one of them must not end the rest
                 print(f"{name}: does not run here ({(str(error).strip() or type(error).__name__).splitlines()[0]})")
+            bench.release(ours)  # also what an error held on to
+            if found is None:
                 continue
             expected = expected or found
             differences[name] = [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(found, expected)]
@@ -189,6 +201,7 @@ def measure(base, args) -> dict:
         rows = bench.report({name: settings[name].facts() for name in laps}, laps, extra, ceiling)
         for name in rows:
             output, gradients = differences[name]
+            del rows[name]["first_step_s"]  # it was compiled when outputs were compared
             rows[name] |= dict(difference_of_output=output, difference_of_gradients=gradients)
             print(f"{name}: output differs by {output:.1e}, gradients by {gradients:.1e}, relative")
         result["rows"][row] = dict(config=dataclasses.asdict(c), variants=rows)

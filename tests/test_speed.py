@@ -284,7 +284,8 @@ def by_runs(q, k, v, queries, keys, longest_query, longest_key):
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("name", [n for n, v in variants.VARIANTS.items() if v.change is not variants.Variant.change])
+@pytest.mark.parametrize("name", ["gate and up in one product", "all modulations in one product",
+                                  "attention without a mask (flash)"])  # cuDNN and CUDA graphs have no CPU kernel
 def test_a_variant_is_the_same_function_with_the_same_gradients(name, monkeypatch):
     """In FP32, with padding, without a mask, with an image that has no text at all, and with routed tokens."""
     monkeypatch.setattr(variants, "varlen_attn", by_runs)
@@ -313,7 +314,7 @@ def test_the_call_of_variable_length_attention_is_pytorchs(monkeypatch):
     with FakeTensorMode():
         model = T.PRX(**SIZE)
         model.set_compute_dtype(torch.bfloat16)
-        variants.without_mask(model)
+        variants.attention_by(variants.WithoutMask, model)
         mask = torch.ones(4, 8, dtype=torch.bool)
         out = model(torch.randn(4, 3, 16, 16), torch.rand(4), torch.randn(4, 8, 20), mask)
         out.square().mean().backward()
