@@ -164,7 +164,8 @@ def main():
     print(f"| 8 GPUs, {gpus['parameters'] / 1e9:.2f} B, computed | - | {gb(sum(gpus['ring_bytes'].values()))}, "
           f"{gpus['wire_s'] * 1e3:.0f} ms at {args.link / 1e9:.0f} GB/s | {gb(gpus['memory_bytes'])} | "
           f"{gb(gpus['unsharded_bytes'])} | {gpus['stall_s'] * 1e3:.0f} ms at {args.pcie / 1e9:.0f} GB/s | - |")
-    machine = T.describe_machine(T.World()) | dict(ranks=args.ranks, threads=int(os.environ.get("OMP_NUM_THREADS", "1")))
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))  # of each rank
+    machine = T.describe_machine(T.World()) | dict(ranks=args.ranks, threads=threads)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(dict(machine=machine, flags=flags, rows=rows,

@@ -230,6 +230,15 @@ def test_repa_is_timed_with_random_weights_where_dinov3_cannot_be_had(monkeypatc
         bench.main([*SMALL, "--repa-teacher", "/nowhere", "--rows", "REPA"])
 
 
+def test_a_failure_of_the_compilers_timing_loses_no_row(tmp_path, monkeypatch):
+    real, out = bench.subprocess.run, tmp_path / "b.json"
+    monkeypatch.setattr(bench.subprocess, "run", lambda cmd, **k: real([sys.executable, "-c", "raise SystemExit('no room')"],
+                                                                       **k))
+    with pytest.raises(T.UserError, match=r"--compile-time: the step fails in a process of its own \(no room\)"):
+        bench.main([*SMALL, "--rows", "plain", "--turns", "1", "--steps-per-turn", "1", "--compile-time", "--out", str(out)])
+    assert json.loads(out.read_text())["rows"]["plain"]["ms"] > 0
+
+
 def test_rows_that_do_not_exist_are_refused():
     with pytest.raises(T.UserError, match="--rows nothing is unknown"):
         bench.main([*SMALL, "--rows", "nothing"])
