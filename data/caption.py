@@ -17,13 +17,12 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.prepare import IMAGE_FORMATS, MAX_PIXELS, to_rgb  # noqa: E402
+from data.shards import UserError, read_picture  # noqa: E402
 from data.sources import IMAGE_EXTENSIONS  # noqa: E402
-from train_prx import UserError  # noqa: E402
 
 MAX_SIDE = 1024  # pixels; larger images are shrunk: tokens and time grow with the area, captions gain little (a guess)
 PROMPTS = {  # kind: (instruction, most new tokens); long ones are about as long as PRX part 2's, about 160 words
@@ -110,20 +109,12 @@ class Captioner:
 
 def shrink(image: Image.Image) -> Image.Image:
     """RGB, at most MAX_SIDE pixels on the longer side."""
-    image = to_rgb(image)
+    image = image.convert("RGB")
     scale = min(1, MAX_SIDE / max(image.size))
     return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
 
 
 # ---- a folder --------------------------------------------------------------------------------------------------------
-
-
-def read_image(path: Path) -> Image.Image:
-    """Upright RGB, transparency over white; ValueError or whatever Pillow raises if it cannot be used."""
-    with Image.open(path, formats=IMAGE_FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError("too many pixels")
-        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def read_metadata(file: Path) -> tuple[dict[str, dict], int]:
@@ -166,9 +157,9 @@ def caption_folder(folder, name: str, device="cpu", batch_size: int = 8) -> tupl
                 images = {}
                 for n in todo[start:start + batch_size]:
                     try:
-                        images[n] = read_image(folder / n)
-                    except Exception as error:  # hostile bytes raise anything out of the decoders
-                        bar.write(f"skipped {n!r}: {error or type(error).__name__}")
+                        images[n] = read_picture((folder / n).read_bytes())
+                    except (UserError, OSError) as error:
+                        bar.write(f"skipped {n!r}: {error}")
                 for n, answer in zip(images, captioner.caption(list(images.values()))):
                     if answer["long"]:
                         fields = {"file_name": n, "text": answer["long"], "text_short": answer["short"]}

@@ -4,7 +4,8 @@
     python data/prepare.py 'wds/*.tar' --out shards --size 256 --crop buckets --store image,latent,text
     torchrun --standalone --nproc_per_node=8 data/prepare.py hf://owner/name --out shards --size 256,512 \\
         --store latent,text                                                  # one part of the source per GPU at a time
-    python train_prx.py --track micro --data shards --resolution 32          # it prints the command that comes next
+    python train_prx.py --track micro --data shards                          # it prints the command that comes next
+    python data/prepare.py --verify shards                                   # is every file what the index names?
 
 SOURCE, one or several, is
     an image folder   with metadata.jsonl (the Hugging Face ImageFolder convention), one JSON object per line:
@@ -14,11 +15,11 @@ SOURCE, one or several, is
     Parquet files     a column of encoded images, bytes or the {bytes, path} of `datasets`, and one or two of captions
     a folder of such files, a glob in quotes, or hf://owner/name[@revision][/folder-or-glob], a dataset repository
 
-Images are turned upright (EXIF), composited over white, cropped (--crop center: the central square; buckets: the
-nearest of the aspect ratios that diffusers' PRX pipelines use) and made smaller. Captions are cleaned by diffusers' own
-code for PRX prompts, so that training and sampling see the same text. What cannot be used is skipped, counted by reason
-and named; by default that includes images smaller than --size, since enlarging them teaches blur. An image is a
-duplicate if at any size its pixels are those of an earlier one.
+Images are turned upright (EXIF), converted to sRGB, composited over white, cropped (--crop center: the central square;
+buckets: the nearest of the aspect ratios that diffusers' PRX pipelines use) and made smaller. Captions are cleaned by
+diffusers' own code for PRX prompts, so that training and sampling see the same text. What cannot be used is skipped,
+counted by reason and named; by default that includes images smaller than --size, since enlarging them teaches blur. An
+image is a duplicate if at any size its pixels are those of an earlier one.
 
 A sample is for evaluation, never for training, if the first 8 bytes of the sha256 of its encoded image, as a share of
 2^64, are below --eval-share: on every machine and in every order the same ones.
@@ -34,6 +35,7 @@ DIR then holds, in the order of the source (N rows, all of one size in pixels; T
                            text.long     bf16 [T, width]     --store text: the states that the mask keeps; ragged
                            caption.short, text.short         as the long ones, if every sample has a short caption
     empty.safetensors      text bf16 [T, width], of the empty prompt (--store text)
+    text/, teacher/        the small networks that `tiny` means for the trainer
     contact_sheet.png      some of the images with their captions, and why others were skipped
     report.json            what was read, kept and skipped, with the first 100 names for each reason
     index.json             the contract with the trainer; written last, so without it DIR is incomplete
@@ -57,26 +59,22 @@ import shutil
 import sys
 import textwrap
 import time
-import warnings
 from pathlib import Path
 
 STARTED = time.time()
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import sources
-from data.sources import Fields, Part, Reject
-from data.encoders import VAE, TextEncoder
-from train_prx import Parser, UserError, write_atomically
+from data import sources  # noqa: E402
+from data.shards import (FORMAT, NETWORKS, UserError, copy_networks, ragged, read_picture, verify,  # noqa: E402
+                         write_atomically, write_index, write_json, write_shard)
+from data.sources import Fields, Part, Reject  # noqa: E402
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # no other decoder of Pillow ever sees the bytes
-MAX_PIXELS = 100 * 10**6     # of an image, by its header
-MAX_SIDE = 30_000            # pixels
 MAX_CAPTION = 10_000         # characters: clean_text is quadratic, 10,000 hostile ones cost 3 s (measured)
 MAX_BUFFER = 2 * 10**9       # bytes of rows held per process; beyond them the fullest shard is written early
 MIN_FREE = 10**9             # bytes that are left free on the disk
@@ -88,26 +86,31 @@ FIRST_SENTENCE = "first-sentence"
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 
 
+def knob(default, help: str):
+    """A field of Settings that is a flag, too."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """All that decides the bytes that come out; a job in progress goes on only under the same. Flags are made of it."""
 
-    size: tuple = (32,)             # pixels: side of the square, or of one with a bucket's area; several: 256,512
-    crop: str = "center"            # center (the central square) | buckets (the nearest of diffusers' aspect ratios)
-    filter: str = "lanczos"         # lanczos | area: how images are made smaller
-    store: tuple = ("image",)       # of latent,text,image,jpeg: what is kept; image is raw pixels, jpeg encoded ones
-    vae: str = "repa-e"             # encodes the latents: a name that train_prx.py knows, a repository or a folder
-    text: str = "t5gemma"           # encodes the captions, likewise
-    text_tokens: int = 256          # longer captions are cut by the text encoder
-    eval_share: float = 0.01        # share of the images that is split off for evaluation, by content
-    image_field: str = ""           # Parquet column, key of metadata.jsonl, extension in tars (default: a usual name)
-    long_field: str = ""            # Parquet column or JSON key of the long caption (default: a usual name)
-    short_field: str = ""           # of the short one, likewise; first-sentence: the first of the long one
-    caption: str = ""               # a model that writes the captions of images whose long caption is empty
-    batch: int = 16                 # images or captions encoded at a time
-    shard_size: int = 1024          # most rows of a shard
-    limit: int | None = None        # stop when this many images are kept
-    min_size: int | None = None     # skip images with a short side below this (default: each --size)
+    size: tuple = knob((32,), "pixels: side of the square, or of one with a bucket's area; several: 256,512")
+    crop: str = knob("center", "center (the central square) | buckets (the nearest of diffusers' aspect ratios)")
+    filter: str = knob("lanczos", "lanczos | area: how images are made smaller")
+    store: tuple = knob(("image",), "of latent,text,image,jpeg: what is kept; image is raw pixels, jpeg encoded ones")
+    vae: str = knob("repa-e", "encodes the latents: a name that train_prx.py knows, a repository or a folder")
+    text: str = knob("t5gemma", "encodes the captions, likewise, or tiny")
+    text_tokens: int | None = knob(None, "longer captions are cut by the text encoder [256; 40 for tiny]")
+    eval_share: float = knob(0.01, "share of the images that is split off for evaluation, by content")
+    image_field: str = knob("", "Parquet column, key of metadata.jsonl, extension in tars (default: a usual name)")
+    long_field: str = knob("", "Parquet column or JSON key of the long caption (default: a usual name)")
+    short_field: str = knob("", "of the short one, likewise; first-sentence: the first of the long one")
+    caption: str = knob("", "a model that writes the captions of images whose long caption is empty")
+    batch: int = knob(16, "images or captions encoded at a time")
+    shard_size: int = knob(1024, "most rows of a shard")
+    limit: int | None = knob(None, "stop when this many images are kept")
+    min_size: int | None = knob(None, "skip images with a short side below this (default: each --size)")
 
     def fields(self) -> Fields:
         return Fields(self.image_field, self.long_field, self.short_field.replace(FIRST_SENTENCE, ""))
@@ -120,6 +123,8 @@ class Settings:
                 object.__setattr__(self, name, tuple(map(kind, value)))
             except ValueError:
                 raise UserError(f"{flag(name)} is {listed(value)}: give numbers such as 256 or 256,512") from None
+        if self.text_tokens is None:  # the micro track pads its text to 40 tokens
+            object.__setattr__(self, "text_tokens", 40 if self.text == "tiny" else 256)
         for name in ("text_tokens", "batch", "shard_size", "limit", "min_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}: give 1 or more")
@@ -136,10 +141,6 @@ class Settings:
                             "one of the others")
         if not 0 <= self.eval_share < 1:
             raise UserError(f"--eval-share is {self.eval_share}: give a share from 0 to below 1")
-
-
-SOURCE = Path(__file__).read_text().split("class Settings:")[1].split("def __post_init__")[0]
-HELP = dict(re.findall(r"^    (\w+): .+? = .+?  # (.+)$", SOURCE, re.M))  # the comments above are the help texts
 
 
 def flag(name: str) -> str:
@@ -175,26 +176,14 @@ def decode(data: bytes, shapes: dict, min_size: int | None = None,
 
     shapes: {size: [(height, width), ...]}, of which the nearest aspect ratio is taken. Sizes that are larger than the
     image's short side are left out; with min_size they are not, but smaller images are refused."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of odd but readable files, and of sizes that are judged here
-        try:
-            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)  # the header only
-            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-                raise Reject("too many pixels")
-            sizes = [size for size in shapes if min(image.size) >= (min_size or size)]
-            if not sizes:
-                raise Reject("smaller than --min-size")
-            image.draft(None, (4 * max(sizes),) * 2)  # JPEG: decode at 1/2, 1/4 or 1/8 while 4x the target remains
-            image = to_rgb(ImageOps.exif_transpose(image))
-            return {size: fit(image, shapes[size], resample) for size in sizes}
-        except Reject:
-            raise
-        except Image.DecompressionBombError:
-            raise Reject("too many pixels") from None
-        except UnidentifiedImageError:
-            raise Reject("not a JPEG, PNG or WebP image") from None
-        except Exception:  # hostile bytes raise OSError, SyntaxError, struct.error, zlib.error, ... out of the decoders
-            raise Reject("broken image") from None
+    try:
+        image = read_picture(data, reduce_to=4 * max(*shapes, min_size or 0))  # a JPEG keeps 4x the target
+    except UserError as error:
+        raise Reject(str(error)) from None
+    sizes = [size for size in shapes if min(image.size) >= (min_size or size)]
+    if not sizes:
+        raise Reject("smaller than --min-size")
+    return {size: fit(image, shapes[size], resample) for size in sizes}
 
 
 def fit(image: Image.Image, shapes: list[tuple[int, int]], resample) -> np.ndarray:
@@ -207,16 +196,6 @@ def fit(image: Image.Image, shapes: list[tuple[int, int]], resample) -> np.ndarr
         image = image.crop((left, top, left + across, top + down))
     image = image.resize((width, height), resample)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (H, W, 3) -> (3, H, W)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode that JPEG, PNG and WebP have -> RGB; transparency over white."""
-    if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion clips at 255 where it should scale
-        image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def clean(text: str) -> str:
@@ -270,12 +249,24 @@ class Networks:
 
     def __init__(self, s: Settings):
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        self.vae = VAE(s.vae, self.device) if "latent" in s.store else None
-        self.text = TextEncoder(s.text, self.device, max_tokens=s.text_tokens) if "text" in s.store else None
-        self.captioner = None
+        self.vae = self.text = self.captioner = None
+        if {"latent", "text"} & set(s.store):
+            self.load_encoders(s)
         if s.caption:
             from data.caption import Captioner
             self.captioner = Captioner(s.caption, self.device, s.batch)
+
+    def load_encoders(self, s: Settings):
+        """The trainer's own, so that what is stored is what it would compute."""
+        import train_prx
+        try:
+            if "latent" in s.store:
+                self.vae = train_prx.VAE(s.vae, self.device)
+            if "text" in s.store:
+                source = str(NETWORKS / "text") if s.text == "tiny" else s.text
+                self.text = train_prx.TextEncoder(source, self.device, max_tokens=s.text_tokens)
+        except train_prx.UserError as error:
+            raise UserError(str(error)) from None
 
     def states(self, prompts: list[str]) -> list[torch.Tensor]:
         """Per prompt the states of its tokens, bf16 [tokens, width]; of no prompt, none."""
@@ -379,13 +370,10 @@ class PartWriter:
                 tensors[key] = torch.stack([as_tensor(row[key]) for row in rows])
         for key in ("jpeg", "caption.long", "caption.short", "text.long", "text.short"):
             if all(key in row for row in rows):
-                tensors |= ragged(key, [as_tensor(row[key]) for row in rows])
+                tensors |= ragged(key, [row[key] for row in rows])
         path = self.folder / f"{self.name}-{len(self.shards):05d}.safetensors"
-        write_atomically(path, lambda p: save_file(tensors, p))
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.shards.append({"file": path.name, "split": split, "count": len(rows), "resolution": size, "height": height,
-                            "width": width, "sha256": digest, "lack": sum("caption.short" not in r for r in rows)})
+        entry = write_shard(path, tensors, split, size, height, width)
+        self.shards.append(entry | {"lack": sum("caption.short" not in row for row in rows)})
         self.written += [row["about"][1:] for row in rows]
 
     def add_thumb(self, sample: Sample) -> None:
@@ -410,8 +398,8 @@ class PartWriter:
                    "sample": torch.tensor([ordinal for _, ordinal in self.written], dtype=torch.int64),
                    "thumb": torch.stack(thumbs) if thumbs else torch.zeros(0, dtype=torch.uint8),
                    "thumb.sample": torch.tensor(ordinals, dtype=torch.int64),
-                   **ragged("thumb.caption", [as_tensor(text.encode("utf-8", "replace")) for text in captions]),
-                   **ragged("name", [as_tensor(name.encode("utf-8", "replace")) for name in self.names])}
+                   **ragged("thumb.caption", [text.encode("utf-8", "replace") for text in captions]),
+                   **ragged("name", [name.encode("utf-8", "replace") for name in self.names])}
         write_atomically(self.folder / f"{self.name}.rows.safetensors", lambda p: save_file(tensors, p))
         record = {"kept": self.kept, "skipped": self.skipped, "fields": list(fields.seen), "shards": self.shards}
         write_json(self.folder / f"{self.name}.json", record)
@@ -427,16 +415,6 @@ def as_tensor(x) -> torch.Tensor:
     if isinstance(x, torch.Tensor):
         return x
     return torch.from_numpy(np.frombuffer(x, np.uint8).copy() if isinstance(x, bytes) else x)
-
-
-def ragged(name: str, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """N tensors [t_i, ...] -> {name: [sum of t_i, ...], name.offset: int64 [N + 1]}."""
-    offset = torch.tensor(np.cumsum([0, *map(len, rows)], dtype=np.int64))
-    return {name: torch.cat(rows) if rows else torch.zeros(0, dtype=torch.uint8), f"{name}.offset": offset}
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def read_json(path: Path) -> dict | None:
@@ -544,8 +522,11 @@ def describe(s: Settings, networks: Networks, given: list[str], parts: list[Part
     files = [file for part in parts for file in part.files]
     source = {"names": [source if source.startswith("hf://") else Path(source).resolve().name for source in given],
               "repositories": {f.repository.id: f.repository.revision for f in files if f.repository}}
-    job = {"format": 2, "settings": settings, "latent": networks.vae and networks.vae.about,
-           "text": networks.text and networks.text.about, "source": source, "parts": [part.about() for part in parts]}
+    text = networks.text and networks.text.about
+    if text and s.text == "tiny":
+        text = text | {"text": "tiny"}  # not the name of its folder
+    job = {"format": FORMAT, "settings": settings, "latent": networks.vae and networks.vae.about, "text": text,
+           "source": source, "parts": [part.about() for part in parts]}
     return json.loads(json.dumps(job))
 
 
@@ -608,7 +589,11 @@ def bytes_per_sample(s: Settings, networks: Networks) -> float:
     """Of what is written for an image that is large enough for every size. Pixels and latents are exact; JPEG at 0.45
     bytes per pixel, 150 and 30 tokens and 1 kB of captions are guesses, on the high side."""
     pixels, n = sum(size * size for size in s.size), len(s.size)
-    total = 1000 * n + pixels * (3 * ("image" in s.store) + 0.45 * ("jpeg" in s.store))
+    total = 1000 * n
+    if "image" in s.store:
+        total += 3 * pixels
+    if "jpeg" in s.store:
+        total += 0.45 * pixels
     if networks.vae:
         total += 2 * networks.vae.channels * pixels / networks.vae.factor**2
     if networks.text:
@@ -719,7 +704,7 @@ def finish(out: Path, job: dict, s: Settings, given: list[str], parts: list[Part
     if 0 < lack < total:
         print(f"{lack} of {total} kept samples have no short caption, so the index leaves the field out")
 
-    index = {"format": 2, "count": count["train"], "eval_count": count["eval"],
+    index = {"format": FORMAT, "count": count["train"], "eval_count": count["eval"],
              "captions": ["long"] if lack else ["long", "short"],
              "text_cleaning": "diffusers.PRXPipeline.clean_text",
              "image": "raw" if "image" in s.store else "jpeg" if "jpeg" in s.store else None,
@@ -744,13 +729,14 @@ def finish(out: Path, job: dict, s: Settings, given: list[str], parts: list[Part
         write_atomically(out / "empty.safetensors", lambda p: save_file({"text": empty}, p))
     else:
         (out / "empty.safetensors").unlink(missing_ok=True)
+    index["networks"] = copy_networks(out)
     write_atomically(out / "contact_sheet.png", lambda p: sheet.save(p, "PNG"))
     write_json(out / "report.json", report)
-    write_json(out / "index.json", index)
+    write_index(out, index)
 
     megabytes = sum((out / shard["file"]).stat().st_size for shard in shards) / 1e6
     print(f"kept {kept} of {read} images, {count['train']} samples for training and {count['eval']} for evaluation, "
-          f"{len(shards)} shards, {megabytes:.1f} MB; next:\n{next_command(out, s)}")
+          f"{len(shards)} shards, {megabytes:.1f} MB; next:\n{next_command(out, s, index)}")
     return index
 
 
@@ -772,15 +758,26 @@ def nothing_usable(given: list[str], parts: list[Part], read: int, counts: dict,
               "tar": "KEY.jpg, .jpeg, .png or .webp beside KEY.txt or KEY.json"}
     kinds = " or ".join(dict.fromkeys(sought[part.kind] for part in parts)) or sought["lines"]
     why = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
-    return (f"{', '.join(given)}: no usable image; looked for {kinds} and found "
-            + (f"{read}, none of them good ({why})" if read else "none") + named(fields) * ("no caption" in counts))
+    found = f"{read}, none of them good ({why})" if read else "none"
+    hint = named(fields) if "no caption" in counts else ""
+    return f"{', '.join(given)}: no usable image; looked for {kinds} and found {found}{hint}"
 
 
-def next_command(out: Path, s: Settings) -> str:
-    track = ["--track", "micro"] if s.size[0] < 256 else [] if "latent" in s.store else ["--track", "mini"]
-    words = ["python", "train_prx.py", *track, "--data", str(out), "--resolution", str(s.size[0])]
-    words += ["--vae", s.vae] if "latent" in s.store else []
-    words += ["--text", s.text, "--text-tokens", str(s.text_tokens)] if "text" in s.store else []
+def next_command(out: Path, s: Settings, index: dict) -> str:
+    """The command that trains on it, with what the track's own settings do not say."""
+    track = "micro" if s.size[0] < 256 else "24h" if "latent" in s.store else "mini"
+    usual = {"micro": {32}, "mini": {256}, "24h": {256, 512}}[track]  # pixels of its stages
+    words = ["python", "train_prx.py", "--track", track, "--data", str(out)]
+    if not usual <= set(s.size):
+        words += ["--resolution", str(s.size[0])]
+    if "latent" in s.store:
+        words += ["--vae", s.vae]
+    if "text" in s.store:
+        words += ["--text", s.text, "--text-tokens", str(s.text_tokens)]
+    if track == "24h" and "short" not in index["captions"]:
+        words += ["--captions", "long"]
+    if not index["image"]:
+        words += ["--repa", "0"]  # its teacher looks at images
     return shlex.join(words)
 
 
@@ -904,18 +901,27 @@ def tidy(out: Path) -> dict:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("source", nargs="+", metavar="SOURCE", help=sources.KINDS)
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder for the shards")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("source", nargs="*", metavar="SOURCE", help=sources.KINDS)
+    parser.add_argument("--out", metavar="DIR", help="the folder for the shards")
+    parser.add_argument("--verify", metavar="FOLDER", help="only compare a folder's files with its index")
     for field in dataclasses.fields(Settings):
         default = listed(field.default) if isinstance(field.default, tuple) else field.default
         kind = int if default is None else type(default)
         parser.add_argument(flag(field.name), type=kind, default=argparse.SUPPRESS,
-                            help=HELP[field.name] + (f" [{default}]" if default not in ("", None) else ""))
+                            help=field.metadata["help"] + (f" [{default}]" if default not in ("", None) else ""))
     parser.add_argument("--workers", type=int, default=0, help="decoding threads [the cores over the processes]")
     parser.add_argument("--overwrite", action="store_true", help="replace the data set or the unfinished job in DIR")
+    settings = vars(parser.parse_args())
+    folder = settings.pop("verify")
     try:
-        prepare(**vars(parser.parse_args()))
+        if folder:
+            print(f"{folder}: all {verify(folder)} files are those that its index names")
+        elif not settings["source"] or not settings["out"]:
+            raise UserError("give a SOURCE and --out DIR, or --verify FOLDER (see --help)")
+        else:
+            prepare(**settings)
     except (UserError, OSError) as error:  # OSError: a full disk, no permission, a download that broke off
         print(f"prepare.py: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)

@@ -1,248 +1,229 @@
-"""Training shards: what data/prepare.py writes and train_prx.py reads, in an order that depends on the seed alone.
+"""The shard format: what data/scenes.py and data/prepare.py write and the trainer reads. data/README.md documents it.
 
-A folder holds index.json (format 2) and safetensors shards of one resolution bucket each:
+    folder/index.json               what is there; written last, so a folder without it is incomplete
+    folder/train-00000.safetensors  images and captions of one size; eval-... are held out
+    folder/text/, folder/teacher/   the small networks that --text tiny and --repa-teacher tiny mean
+    folder/empty.safetensors        the empty prompt's embedding, where text is stored
 
-    hash           uint8 [N, 16]      first half of the sha256 of the encoded source image
-    image          uint8 [N, 3, H, W]; or jpeg uint8 [bytes] and jpeg.offset int64 [N + 1]; may lack where latent is
-    latent         bf16 [N, C, h, w]  normalised (encoders.VAE)
-    caption.FIELD  uint8 [bytes] UTF-8, cleaned, and caption.FIELD.offset int64 [N + 1]; FIELD is long or short
-    text.FIELD     bf16 [tokens, D] ragged text embeddings, and text.FIELD.offset int64 [N + 1]
-
-and, where text is stored, empty.safetensors with the empty prompt's `text` bf16 [T, D]. The index names each shard's
-split (train or eval), size, sha256 and rows to skip, and what encoded the latents and the text.
+Here are a writer, a plain reader, the evaluation split, and the one function of this repository that opens pictures.
+This file imports nothing of the repository.
 """
 
+import functools
 import hashlib
 import io
 import json
-from concurrent.futures import ThreadPoolExecutor
+import math
+import os
+import re
+import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from data.settings import data_folders
-from train_prx import TEXTS, Config, UserError, choose_field
+FORMAT = 2
+NETWORKS = Path(__file__).resolve().parent / "networks"
+TRAVELLING = ("text", "teacher")           # networks that are copied into every folder
+NETWORK_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no other decoder of Pillow ever sees the bytes
+MAX_PIXELS = 100 * 10**6                   # of a picture, by its header
+MAX_SIDE = 30_000                          # pixels
+PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes: Pillow's 1 MB loses sound pictures with long texts or profiles
 
 
-def decode_jpeg(data: torch.Tensor) -> torch.Tensor:
-    """uint8 bytes -> uint8 (3, H, W)."""
-    image = Image.open(io.BytesIO(data.numpy().tobytes()), formats=["JPEG"])
+class UserError(Exception):
+    """Bad input, said in one sentence that names the file, value or flag."""
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write):
+    """`write(temporary path)`, flushed to disk, then renamed: a file with this name is always whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)  # safetensors makes files that nobody but their owner can read
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict):
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda p: p.write_text(text))
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def ragged(name: str, rows: list) -> dict[str, torch.Tensor]:
+    """N byte strings or tensors (t_i, ...) -> {name: (sum of t_i, ...), name.offset: int64 (N + 1)}."""
+    ends = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    if rows and isinstance(rows[0], bytes):
+        data = torch.from_numpy(np.frombuffer(b"".join(rows), np.uint8).copy())
+    else:
+        data = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.uint8)
+    return {name: data, f"{name}.offset": torch.from_numpy(ends)}
+
+
+def write_shard(path: Path, tensors: dict, split: str, resolution: int, height: int, width: int, skip=()) -> dict:
+    """Write one shard and return its entry for the index.
+
+    tensors: as data/README.md lists them, `hash` among them; `ragged` makes the ragged ones. split: train or eval.
+    resolution: the size in pixels that a stage asks for; height, width: of these images. skip: rows that do not count.
+    """
+    write_atomically(path, lambda p: save_file(tensors, p))
+    return {"file": path.name, "split": split, "count": len(tensors["hash"]), "resolution": resolution,
+            "height": height, "width": width, "skip": list(skip), "sha256": file_sha256(path)}
+
+
+def copy_networks(folder: Path) -> dict[str, str]:
+    """Copy text/ and teacher/ into a folder; returns the index's `networks`: the sha256 of their weights."""
+    for name in TRAVELLING:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for file in NETWORK_FILES:
+            source = NETWORKS / name / file
+            if source.exists():
+                content = source.read_bytes()
+                write_atomically(folder / name / file, lambda p: p.write_bytes(content))
+    return network_hashes()
+
+
+def network_hashes() -> dict[str, str]:
+    """{"text": sha256 of its weights, "teacher": ...} of the networks of this repository."""
+    return {name: file_sha256(NETWORKS / name / "model.safetensors") for name in TRAVELLING}
+
+
+def write_index(folder: Path, index: dict):
+    """Write index.json, last of all: {"format": 2} and the keys that data/README.md lists."""
+    write_json(folder / "index.json", {"format": FORMAT} | index)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def data_folders(data: str) -> list[tuple[str, float]]:
+    """A:0.7,B:0.3 -> [("A", 0.7), ("B", 0.3)]; without a weight it is 1. A folder that exists is taken by its name."""
+    if Path(data).exists():
+        return [(data, 1.0)]
+    folders = []
+    for part in data.split(","):
+        match = re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", part)
+        if not match or (match[2] and float(match[2]) == 0):
+            raise UserError(f"--data {data} is not a list of folders with positive weights such as A or A:0.7,B:0.3")
+        folders.append((match[1], float(match[2] or 1)))
+    return folders
+
+
+def read_index(folder: Path) -> dict:
+    """The content of index.json; UserError where it is missing, damaged or of another format."""
+    path = Path(folder) / "index.json"
+    if not path.exists():
+        raise UserError(f"{folder} holds no index.json; give a folder that data/scenes.py or data/prepare.py wrote to "
+                        "the end")
+    try:
+        index = dict(json.loads(path.read_text()))
+        if index["format"] != FORMAT:
+            raise UserError(f"{path} has format {index['format']}, this script reads {FORMAT}; prepare the data again")
+        index["shards"] = [check_entry(dict(entry)) for entry in index["shards"]]
+        if not index["shards"]:
+            raise ValueError("no shards")
+        for key in ("captions", "latent", "text", "image"):
+            index[key]
+        return index
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__} {error}); prepare the data again") from None
+
+
+def check_entry(entry: dict) -> dict:
+    """An entry of the index with its values as the types that they should have."""
+    for key in ("count", "resolution", "height", "width"):
+        entry[key] = int(entry[key])
+    for key in ("file", "split", "sha256"):
+        entry[key] = str(entry[key])
+    entry["skip"] = [int(row) for row in entry["skip"]]
+    if Path(entry["file"]).name != entry["file"]:
+        raise ValueError(f"the file {entry['file']} is in another folder")
+    return entry
+
+
+def open_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, mapped: they read the file when they are indexed."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore the file or prepare the data again") from None
+
+
+def open_shard(folder: Path, entry: dict) -> dict[str, torch.Tensor]:
+    """The tensors of a shard of the index; UserError where it does not hold the rows that are promised."""
+    path = Path(folder) / entry["file"]
+    tensors = open_tensors(path)
+    for key, tensor in tensors.items():
+        if key.endswith(".offset"):
+            length = entry["count"] + 1
+        elif f"{key}.offset" in tensors:
+            length = int(tensors[f"{key}.offset"][-1])
+        else:
+            length = entry["count"]
+        if len(tensor) != length:
+            raise UserError(f"{path} does not hold the {entry['count']} samples that its index promises ({key} has "
+                            "another length); prepare the data again")
+    if "hash" not in tensors:
+        raise UserError(f"{path} has no tensor `hash`; prepare the data again")
+    return tensors
+
+
+def read_ragged(tensors: dict, key: str, row: int) -> torch.Tensor:
+    start, end = tensors[f"{key}.offset"][row:row + 2].tolist()
+    return tensors[key][start:end]
+
+
+def read_caption(tensors: dict, row: int, field: str = "long") -> str:
+    return read_ragged(tensors, f"caption.{field}", row).numpy().tobytes().decode()
+
+
+def read_image(tensors: dict, row: int) -> torch.Tensor:
+    """uint8 (3, H, W), whether the shard holds it raw, as JPEG or as PNG."""
+    if "image" in tensors:
+        return tensors["image"][row]
+    key = "jpeg" if "jpeg" in tensors else "png"
+    data = read_ragged(tensors, key, row).numpy().tobytes()
+    image = Image.open(io.BytesIO(data), formats=[key.upper()])
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-class ShardData:
-    """Folders that data/prepare.py wrote, mixed by weight: index.json and memory-mapped safetensors shards.
+class HeldOut:
+    """The evaluation split of folders at one resolution, as caption(i) and image(i), in the order of the images'
+    hashes: the same first n for everybody who has prepared the same images. No image counts twice.
 
-    A stage takes the shards of its resolution. A sample's id is its row among them, folder after folder.
-    UserError where a folder is damaged or does not fit the configuration.
+    data: A or A:0.7,B:0.3 as --data takes it, or a list of folders. `stored`: do all folders hold images?
     """
 
-    FORMAT, WINDOW, CHUNK = 2, 8192, 65536
-
-    def __init__(self, c: Config, stage: int = 0):
-        self.config, self.stage, self.shards, indices = c, stage, [], []
-        self.fields = {"long": ["long"], "short": ["short"]}.get(c.captions, ["long", "short"])
-        self.weights = np.array([weight for _, weight in data_folders(c.data)])
-        for folder, (path, _) in enumerate(data_folders(c.data)):
-            indices.append(index := self.read_index(Path(path)))
-            shards = [s | dict(folder=folder, path=Path(path) / s["file"]) for s in index["shards"]]
-            sizes = sorted({s["resolution"] for s in shards})
-            self.shards += [s for s in shards if s["resolution"] == c.resolution]
-            if c.resolution not in sizes:
-                raise UserError(f"{path} holds images of {', '.join(map(str, sizes))} px and this stage trains at "
-                                f"--resolution {c.resolution}; give one of them, or prepare it with --size")
-            if missing := set(self.fields) - set(index["captions"]):
-                raise UserError(f"--captions {c.captions} needs the field {missing.pop()}, which {path} does not have; "
-                                f"it has {', '.join(index['captions'])}")
-            for kind in ("latent", "text", "image"):
-                if index[kind] != indices[0][kind] and not (kind == "image" and index["latent"]):
-                    raise UserError(f"{path} and {data_folders(c.data)[0][0]} cannot be mixed: their {kind} is "
-                                    f"{index[kind]} and {indices[0][kind]}; prepare them in the same way")
-        self.latent, self.text = indices[0]["latent"] if c.vae != "none" else None, indices[0]["text"]
-        self.image = indices[0]["image"]  # raw, jpeg or None
-        if not self.latent and not self.image:
-            raise UserError(f"--vae none trains on pixels and {c.data} holds latents only; give the --vae that made "
-                            f"them ({indices[0]['latent']['vae']}) or prepare it with --store image")
-        self.pixels = not self.latent or c.repa > 0  # are images read?
-        if self.pixels and not self.image:
-            raise UserError(f"--repa shows images to its teacher and {c.data} holds none; prepare it with --store "
-                            "latent,text,image (or jpeg), or give --repa 0")
-        mine = dict(text=c.text if c.text in TEXTS else Path(c.text).name, max_tokens=c.text_tokens)
-        if self.text and mine != (theirs := {k: self.text[k] for k in mine}):
-            raise UserError(f"the text of {c.data} was encoded with {theirs}, and this run has {mine}; give --text and "
-                            "--text-tokens as it was prepared, or prepare it again")
-        self.empty, first = "", Path(data_folders(c.data)[0][0])
-        self.tensors = {s["path"]: self.open(s) for s in self.shards}  # now: better than in the middle of the run
-        if self.text:
-            self.empty = self.load(first / "empty.safetensors")["text"]
-        train = [s for s in self.shards if s["split"] == "train"]
-        self.held_out = [s for s in self.shards if s["split"] == "eval"]
-        self.first = np.cumsum([0] + [s["count"] for s in train])  # the id of each shard's first sample
-        self.shards = train
-        self.ids = [np.delete(np.arange(s["count"]), s["skip"]) + start for s, start in zip(train, self.first)]
-        self.folders = [[i for i, s in enumerate(train) if s["folder"] == f] for f in range(len(self.weights))]
-        counts = [sum(len(self.ids[i]) for i in shards) for shards in self.folders]
-        if not all(counts):
-            raise UserError(f"{c.data} has a folder with no training image of {c.resolution} px; prepare it again")
-        self.sizes = list(dict.fromkeys((s["height"], s["width"]) for s in train))
-        self.bucket = np.repeat([self.sizes.index((s["height"], s["width"])) for s in train], np.diff(self.first))
-        self.count, self.epochs = sum(counts), {}
-        self.threads = c.loader_threads if torch.cuda.is_available() else 1  # on two cores they fight with the model's
-        self.about = f"{self.count:,} images of {c.resolution} px in {len(train)} shards and {len(self.sizes)} buckets"
-
-    @classmethod
-    def read_index(cls, folder: Path) -> dict:
-        path = folder / "index.json"
-        if not path.exists():
-            raise UserError(f"--data {folder} holds no index.json; give 'scenes' or folders that data/prepare.py wrote "
-                            "to the end")
-        try:
-            index = dict(json.loads(path.read_text()))
-            if index["format"] != cls.FORMAT:
-                raise UserError(f"{path} has format {index['format']}, this script reads {cls.FORMAT}; prepare the "
-                                "data again")
-            index["shards"] = [dict({k: int(s[k]) for k in ("count", "resolution", "height", "width")},
-                                    **{k: str(s[k]) for k in ("file", "split", "sha256")},
-                                    skip=[int(i) for i in s["skip"]]) for s in index["shards"]]
-            index["shards"][0], index["captions"], index["latent"], index["text"], index["image"]
-            return index
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{path} is damaged ({type(error).__name__} {error}); prepare the data again") from None
-
-    @staticmethod
-    def load(path: Path) -> dict[str, torch.Tensor]:
-        """Tensors that read the file when they are indexed."""
-        try:
-            file = safe_open(path, "pt")
-            return {key: file.get_tensor(key) for key in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}); restore the file or prepare the data again") from None
-
-    def open(self, s: dict) -> dict[str, torch.Tensor]:
-        path, n = s["path"], s["count"]
-        tensors, lengths = self.load(path), {"hash": n} | ({"latent": n} if self.latent else {})
-        if self.pixels:
-            lengths |= {"image": n} if self.image == "raw" else {"jpeg.offset": n + 1}
-        kinds = ["caption", "text"] if self.text else ["caption"]
-        lengths |= {f"{kind}.{field}.offset": n + 1 for field in self.fields for kind in kinds}
-        for key, length in lengths.items():
-            if key not in tensors or len(tensors[key]) != length:
-                raise UserError(f"{path} does not hold the {n} samples that its index promises ({key} is missing or "
-                                "has another length); prepare the data again")
-        return tensors
-
-    def verify(self, rank: int, ranks: int):
-        """--verify-data: this rank's share of the shards against the index."""
-        for s in (self.shards + self.held_out)[rank::ranks]:
-            with open(s["path"], "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != s["sha256"]:
-                    raise UserError(f"{s['path']} is not the file that its index names (sha256 differs); restore it")
-
-    def hashes(self, split: str) -> np.ndarray:
-        """The first half of each sample's hash as one number: 2^64 of them hold 10^8 images apart."""
-        shards = self.shards if split == "train" else self.held_out
-        parts = [self.tensors[s["path"]]["hash"].numpy() for s in shards] or [np.empty((0, 16), np.uint8)]
-        return np.ascontiguousarray(np.concatenate(parts)[:, :8]).view(np.uint64).ravel()
-
-    def read(self, s: dict, row: int, field: str) -> tuple:
-        """One sample of a shard: its latent and its image (None where there is none or nobody asks), its caption or
-        text embedding."""
-        tensors = self.tensors[s["path"]]
-
-        def ragged(key):
-            start, end = tensors[f"{key}.offset"][row:row + 2].tolist()
-            return tensors[key][start:end]
-
-        latent, image = tensors["latent"][row] if self.latent else None, None
-        if self.pixels and self.image == "raw":
-            image = tensors["image"][row]
-        elif self.pixels:
-            image = decode_jpeg(ragged("jpeg"))
-        text = ragged(f"text.{field}") if self.text else bytes(ragged(f"caption.{field}").tolist()).decode()
-        return latent, image, text
-
-    def prompts(self, n: int) -> tuple[list, list[str]]:
-        """Captions of the evaluation split for the grids, or of training images where there is none; as `batches`
-        gives them, and to print underneath."""
-        rows = [(s, row) for s in self.held_out or self.shards for row in range(min(n, s["count"]))]
-        rows = [rows[i % len(rows)] for i in range(n)]
-        texts = [self.read(s, row, self.fields[0])[2] for s, row in rows]
-        stored, self.text = self.text, None
-        captions = [self.read(s, row, self.fields[0])[2] for s, row in rows]
-        self.text = stored
-        return texts, captions
-
-    def stream(self, folder: int, start: int, stop: int) -> np.ndarray:
-        """Samples start to stop of a folder's endless stream: each once per epoch, shards shuffled, then windows."""
-        out = [np.empty(0, np.int64)]
-        while start < stop:
-            n = sum(len(self.ids[s]) for s in self.folders[folder])
-            epoch = start // n
-            if self.epochs.get(folder, (None,))[0] != epoch:
-                rng = np.random.default_rng((self.config.seed, self.stage, folder, epoch))
-                ids = np.concatenate([self.ids[s] for s in rng.permutation(self.folders[folder])])
-                for i in range(0, n, self.WINDOW):
-                    rng.shuffle(ids[i:i + self.WINDOW])
-                self.epochs[folder] = epoch, ids
-            out.append(self.epochs[folder][1][start - epoch * n:stop - epoch * n])
-            start += len(out[-1])
-        return np.concatenate(out)
-
-    def order(self):
-        """Endless global batches of sample ids, one bucket each. The folders' streams are interleaved by weight; what
-        does not fill a batch of its bucket waits for the next one."""
-        batch, share = self.config.batch, self.weights / self.weights.sum()
-        waiting, chunk = [np.empty(0, np.int64)] * len(self.sizes), 0
-        while True:
-            spans = [(int(chunk * self.CHUNK * w), int((chunk + 1) * self.CHUNK * w)) for w in share]
-            ids = np.concatenate([self.stream(f, *span) for f, span in enumerate(spans)])
-            due = np.concatenate([(np.arange(*span) + 0.5) / w for span, w in zip(spans, share)])
-            ids, full = ids[np.argsort(due, kind="stable")], []
-            for b, left in enumerate(waiting):
-                at = np.flatnonzero(self.bucket[ids] == b)
-                queue = np.concatenate([left, ids[at]])
-                n = len(queue) // batch
-                ends = np.concatenate([np.full(len(left), -1), at])[batch - 1::batch]  # where each batch became full
-                full += zip(ends.tolist(), queue[:n * batch].reshape(n, batch))
-                waiting[b] = queue[n * batch:]
-            yield from (batch_ids for _, batch_ids in sorted(full, key=lambda pair: pair[0]))
-            chunk += 1
-
-    def batches(self, skip: int, rows: slice):
-        c = self.config
-        with ThreadPoolExecutor(self.threads) as pool:
-            for i, ids in enumerate(self.order()):
-                if i < skip:
-                    continue
-                first, ids = i * c.batch + (rows.start or 0), ids[rows]
-                shards = np.searchsorted(self.first, ids, "right") - 1
-                fields = [choose_field(c.captions, c.seed, first + j) for j in range(len(ids))]
-                items = [(self.shards[s], int(k - self.first[s]), f) for s, k, f in zip(shards, ids, fields)]
-                samples = list((pool.map if self.threads > 1 else map)(self.read, *zip(*items)))
-                latents, images, texts = zip(*samples)
-                images = torch.stack(images) if self.pixels else None
-                yield (torch.stack(latents), list(texts), images) if self.latent else (images, list(texts), None)
-
-
-class HeldOut:
-    """The evaluation split of prepared folders at one resolution, as caption(i) and image(i), in the order of the
-    images' hashes: the same first n for everybody who has prepared the same images."""
-
-    def __init__(self, data: str, resolution: int):
-        found, self.tensors, self.stored = [], {}, True
-        for folder in (Path(path) for path, _ in data_folders(data)):
-            index = ShardData.read_index(folder)
+    def __init__(self, data, resolution: int):
+        folders = [path for path, _ in data_folders(data)] if isinstance(data, str) else list(data)
+        found, self.stored = {}, True
+        for folder in folders:
+            index = read_index(Path(folder))
             self.stored = self.stored and bool(index["image"])
-            for s in index["shards"]:
-                if s["split"] == "eval" and s["resolution"] == resolution:
-                    path = folder / s["file"]
-                    self.tensors[path] = tensors = ShardData.load(path)
-                    rows = np.delete(np.arange(s["count"]), s["skip"])
-                    found += [(bytes(tensors["hash"][row].tolist()), path, int(row)) for row in rows]
-        self.rows = sorted(dict((f[0], f) for f in found).values())
+            for entry in index["shards"]:
+                if entry["split"] != "eval" or entry["resolution"] != resolution:
+                    continue
+                tensors = open_shard(Path(folder), entry)
+                for row in np.delete(np.arange(entry["count"]), entry["skip"]):
+                    found[tensors["hash"][row].numpy().tobytes()] = tensors, int(row)
+        self.rows = [found[key] for key in sorted(found)]
         if len(self.rows) < 2:
             raise UserError(f"{data} holds {len(self.rows)} image(s) of {resolution} px for evaluation, and at least 2 "
                             "are needed; prepare more data, or with a larger --eval-share")
@@ -250,15 +231,163 @@ class HeldOut:
     def __len__(self):
         return len(self.rows)
 
-    def ragged(self, i: int, key: str) -> torch.Tensor:
-        _, path, row = self.rows[i]
-        start, end = self.tensors[path][f"{key}.offset"][row:row + 2].tolist()
-        return self.tensors[path][key][start:end]
+    def caption(self, i: int, field: str = "long") -> str:
+        tensors, row = self.rows[i]
+        return read_caption(tensors, row, field)
 
-    def caption(self, i: int) -> str:
-        return bytes(self.ragged(i, "caption.long").tolist()).decode()
+    def image(self, i: int) -> torch.Tensor:
+        """uint8 (3, H, W)."""
+        tensors, row = self.rows[i]
+        return read_image(tensors, row)
 
-    def image(self, i: int) -> torch.Tensor:  # uint8 (3, H, W)
-        _, path, row = self.rows[i]
-        raw = self.tensors[path].get("image")
-        return decode_jpeg(self.ragged(i, "jpeg")) if raw is None else raw[row]
+
+def shared_images(folders: list) -> int:
+    """How many evaluation images of these folders are training images of one of them, by content hash."""
+    hashes = {"train": [], "eval": []}
+    for folder in map(Path, folders):
+        for entry in read_index(folder)["shards"]:
+            rows = np.delete(open_shard(folder, entry)["hash"].numpy(), entry["skip"], 0)[:, :8]
+            hashes[entry["split"]].append(np.ascontiguousarray(rows).view(np.uint64).ravel())  # 2^64 hold 10^8 apart
+    train, held_out = (np.concatenate([np.empty(0, np.uint64), *x]) for x in hashes.values())
+    return int(np.isin(np.unique(held_out), train).sum())
+
+
+def verify(folder: Path) -> int:
+    """Compare every file that the index names with its sha256, networks included; returns how many there are."""
+    folder = Path(folder)
+    index = read_index(folder)
+    expected = {entry["file"]: entry["sha256"] for entry in index["shards"]}
+    for name, digest in index.get("networks", {}).items():
+        expected[f"{name}/model.safetensors"] = digest
+    for file, digest in expected.items():
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file} is missing; restore it or prepare the data again")
+        if file_sha256(folder / file) != digest:
+            raise UserError(f"{folder / file} is not the file that its index names (sha256 differs); restore it or "
+                            "prepare the data again")
+    return len(expected)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def read_picture(source, reduce_to: int | None = None) -> Image.Image:
+    """A picture file (its bytes or its path) as an RGB image: the only place where this repository opens pictures.
+
+    Upright by its EXIF tag, converted to sRGB by its ICC profile, transparency over white, 8 bits, the first frame of
+    an animation. A damaged tag or profile is ignored. With reduce_to, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its
+    size as long as both sides keep that many pixels. UserError otherwise, for bytes with the reason alone.
+    """
+    name = "" if isinstance(source, bytes) else f"{source}: "
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd but readable files, and of sizes that are judged here
+            image = Image.open(io.BytesIO(data), formats=PICTURES)  # the header only
+            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+                raise UserError(f"{name}too many pixels")
+            if reduce_to:
+                image.draft(None, (reduce_to, reduce_to))
+            image.load()
+            upright = orientation(image)
+            image = to_srgb(image)
+            return image.transpose(upright) if upright is not None else image
+    except UserError:
+        raise
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{name}{error.strerror.lower()}") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{name}too many pixels") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{name}not a JPEG, PNG, WebP, GIF or BMP image") from None
+    except Exception:  # hostile bytes raise OSError, SyntaxError, struct.error, zlib.error, ... out of the decoders
+        raise UserError(f"{name}broken image") from None
+
+
+def orientation(image: Image.Image) -> Image.Transpose | None:
+    """What turns a picture upright. Only this one tag is read: others may be damaged."""
+    turn = Image.Transpose
+    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
+             6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}
+    try:
+        return turns.get(image.getexif().get(0x0112))
+    except Exception:  # Pillow's reader of EXIF raises whatever the bytes make it do
+        return None
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Any mode that these formats have -> RGB in sRGB, transparency over white."""
+    profile, alpha = image.info.get("icc_profile"), None
+    if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion clips at 255 where it should scale
+        values = np.asarray(image).astype(np.int32)
+        transparent = image.info.get("transparency")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+        if transparent is not None:
+            alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        gray = image.mode in ("1", "L", "LA")
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert("RGB")
+        if gray:
+            image = image.getchannel("R")  # so that a gray profile fits
+    elif image.mode in ("1", "P", "PA", "LA"):
+        image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    image = apply_profile(image, profile)
+    if alpha is not None:
+        image.paste("white", mask=alpha.point(lambda a: 255 - a))
+    return image
+
+
+def apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB, gray or CMYK -> RGB in sRGB. A profile that is damaged or for another kind of image is ignored."""
+    if profile:
+        try:
+            space = profile[16:20]  # in the profile's header
+            if space == b"RGB " and image.mode == "L":
+                image = image.convert("RGB")
+            fits = (image.mode, space) in (("RGB", b"RGB "), ("L", b"GRAY"), ("CMYK", b"CMYK"))
+            transform = profile_transform(profile, image.mode) if fits else None
+            if transform:
+                return ImageCms.applyTransform(image, transform)
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            pass
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@functools.lru_cache(maxsize=32)
+def profile_transform(profile: bytes, mode: str):
+    """The transform to sRGB; None for a profile that moves no colour by more than 2 of 255, sRGB under another name."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode == "CMYK":
+        return transform
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    if mode == "RGB":
+        colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+    else:
+        colours = levels[None]
+    probe = Image.fromarray(colours)
+    moved = np.asarray(ImageCms.applyTransform(probe, transform), np.int32) - np.asarray(probe.convert("RGB"), np.int32)
+    return transform if abs(moved).max() > 2 else None
+
+
+def save_grid(images: torch.Tensor, prompts: list[str], path: Path, columns: int = 4):
+    """Images uint8 (N, 3, H, W) as a PNG, the prompts printed underneath; small images are enlarged, pixels kept."""
+    font, gap = ImageFont.load_default(size=11), 8
+    zoom = max(1, 192 // images.shape[-1])
+    across, down = images.shape[-1] * zoom, images.shape[-2] * zoom
+    lines = [textwrap.wrap(prompt, max(10, across // 6))[:8] for prompt in prompts]
+    text_height = 13 * max(map(len, lines)) + 4
+    rows = math.ceil(len(images) / columns)
+    size = columns * (across + gap) + gap, rows * (down + text_height + gap) + gap
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(zip(images.cpu(), lines)):
+        x = gap + i % columns * (across + gap)
+        y = gap + i // columns * (down + text_height + gap)
+        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        sheet.paste(picture.resize((across, down), Image.Resampling.NEAREST), (x, y))
+        draw.text((x, y + down + 2), "\n".join(text), fill="black", font=font, spacing=2)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)

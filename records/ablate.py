@@ -1,220 +1,187 @@
-"""Every technique of the article, one switch at a time, on scenes: the table behind the README's.
+"""Every technique of the article, one switch at a time, on scenes: runs the script as processes, with flags.
 
     python records/ablate.py --track micro --seeds 3             # run what is missing, seed by seed, row by row
-    python records/ablate.py --track micro --table               # the table and the plots from the logs alone
+    python records/ablate.py --track micro --table               # the table and the plots from the log alone
+    python records/ablate.py --show "Muon"                       # the command of a row, to repeat it by hand
 
-All rows see the same number of images from the same seeds (the baseline with one thing changed, in as many steps unless
-the row's batch is another), a row after the other within a seed, so that a slow hour of the machine hits all alike.
-Each run is judged on 500 held-out prompts by eval_prx.py. A run that is there is not made again: stop it at any time,
-go on later. One JSON line per run goes to records/ablations/TRACK.jsonl; loss by noise level and what BF16 storage
-loses to TRACK.curves.json.
+All rows see the same number of images from the same seeds: the baseline with one thing changed, in as many steps unless
+the row's batch is another. Rows follow each other within a seed, so that a slow hour of the machine hits all alike.
+Each run is judged on 500 held-out prompts by eval_prx.py. A run that is there is not made again: stop at any time, go
+on later. One JSON line per run goes to records/ablations/TRACK.jsonl. Runs need shards/TRACK (data/scenes.py) and write
+to logs/. Results of protocol 1: records/notes/ablations.md.
 
-Equal time: images/s of the rows are measured in turns in one process (--speed), because machines are noisy; with
---equal-time the rows that change throughput run once more for as many steps as the baseline's time allows.
+--equal-time runs the rows that change throughput once more, for as many steps as the baseline's time allows, by the
+images/s of the runs at equal steps.
 """
 
 import argparse
-import dataclasses
 import json
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "train_prx.py"
 OUT = ROOT / "records/ablations"
-sys.path.insert(0, str(ROOT))
 
-# The baseline is PRX part 2's recipe with its rate tuned for scenes (records/micro_search.jsonl): AdamW 2e-3, constant,
-# no EMA. Muon runs at the rates that the same search chose for it.
-BASE = {"micro": "--recipe tuned-baseline --batch 64", "mini": "--recipe tuned-baseline"}
-MUON = "--optimizer muon --lr 5e-3 --lr-adamw 3e-3 --ns classic --ns-steps 5 --momentum 0.95 --modulation muon"
-CONSTANT = "--repa 0.5 --repa-until 1"
-ROWS = {
-    "baseline": "", "Muon": MUON, "REPA": CONSTANT, "REPA, first half": "--repa 0.5 --repa-until 0.5",
-    "iREPA": CONSTANT + " --repa-kind irepa", "TREAD 50 %": "--tread 0.5",
-    "TREAD 50 %, learned": "--tread 0.5 --tread-select learned", "SPRINT 75 %": "--sprint 0.75",
-    "contrastive 0.05": "--contrastive 0.05", "v-prediction": "--predict v", "P-DINO 0.01": "--pdino 0.01",
-    "short captions": "--captions short", "long/short mix 0.2": "--captions mix:0.2", "BF16 weights": "--weights bf16",
-    "EMA 0.99": "--ema 0.99 --ema-every 4", "decay from 0.3": "--decay-from 0.3", "Muon and REPA": f"{MUON} {CONSTANT}",
-    "first record's recipe": MUON + " --recipe default --batch 64 --repa 0 --ema 0.99 --ema-every 4 --decay-from 0.3",
-    "default recipe": "--recipe default",
-}
+# PRX part 2's recipe: AdamW 1e-4, constant, no EMA. Tuned: its rate by a search on scenes (records/notes/search)
+BASELINE = ("--optimizer adamw --lr 1e-4 --eps 1e-15 --weight-decay 0 --warmup 0.01 --decay-from 1 --clip 0.2 --ema 0 "
+            "--repa 0 --tread 0")
+TUNED_BASELINE = BASELINE.replace("--lr 1e-4", "--lr 2e-3")
+RECIPES = {
+    "micro": {"default": "", "baseline": f"{BASELINE} --batch 64", "tuned-baseline": f"{TUNED_BASELINE} --batch 64"},
+    "mini": {"default": "", "baseline": BASELINE, "tuned-baseline": TUNED_BASELINE}}
+
+MUON = "--optimizer muon --lr 5e-3 --lr-adamw 3e-3 --ns-steps 5 --momentum 0.95 --modulation muon"
+REPA = "--repa 0.5 --repa-until 1"
+ROWS = {  # flags after the tuned baseline's; the last that is given counts
+    "baseline": "",
+    "Muon": MUON,
+    "REPA": REPA,
+    "REPA, first half": "--repa 0.5 --repa-until 0.5",
+    "iREPA": f"{REPA} --repa-kind irepa",
+    "TREAD 50 %": "--tread 0.5",
+    "TREAD 50 %, learned": "--tread 0.5 --tread-select learned",
+    "SPRINT 75 %": "--sprint 0.75",
+    "contrastive 0.05": "--contrastive 0.05",
+    "v-prediction": "--predict v",
+    "P-DINO 0.01": "--pdino 0.01",
+    "short captions": "--captions short",
+    "long/short mix 0.2": "--captions mix:0.2",
+    "BF16 weights": "--weights bf16",
+    "EMA 0.99": "--ema 0.99",
+    "decay from 0.3": "--decay-from 0.3",
+    "Muon and REPA": f"{MUON} {REPA}",
+    "first record's recipe": f"{MUON} --eps 1e-8 --clip 1 --warmup 0.04 --ema 0.99 --decay-from 0.3"}
+ALONE = {"default recipe": "default", "published baseline": "baseline"}  # rows that are a recipe
 PUBLISHED = {  # FID of PRX part 2 at 256 px: baseline 18.20
     "baseline": "18.20", "Muon": "15.55", "REPA": "14.64", "iREPA": "hurts with DINOv3", "TREAD 50 %": "21.61",
     "SPRINT 75 %": "22.56", "contrastive 0.05": "20.03", "v-prediction": "18.20 (x: 16.80, in latents)",
     "short captions": "36.84", "BF16 weights": "21.87"}
-STEPS = {"micro": 300, "mini": 1000}
-METRICS = ("accuracy", "fid", "cmmd", "dino_mmd")
+STEPS = {"micro": 300, "mini": 1000}  # of the baseline
+METRICS = "accuracy", "fid", "cmmd", "dino_mmd"
 
 
 def flags_of(track: str, row: str) -> list[str]:
-    own = ROWS[row].split()
-    return own if "--recipe" in own else BASE[track].split() + own
+    if row in ALONE:
+        return RECIPES[track][ALONE[row]].split()
+    return f"{RECIPES[track]['tuned-baseline']} {ROWS[row]}".split()
+
+
+def command(track: str, row: str, seed: int, steps: int, extra: list[str]) -> list[str]:
+    """What runs a row, but for the interpreter and the script."""
+    name = f"ablate-{track}-{''.join(c if c.isalnum() else '-' for c in row)}-seed{seed}-{steps}"
+    return ["--track", track, *flags_of(track, row), "--name", name, "--seed", str(seed), "--steps", str(steps),
+            "--samples", "0", *extra]
 
 
 def batch_of(track: str, row: str, extra: list[str]) -> int:
-    from data.settings import parse_args
-    return parse_args(["--track", track, "--steps", "1", *flags_of(track, row), *extra])[0].batch
+    """As the script itself understands the flags."""
+    sys.path.insert(0, str(ROOT))
+    from train_prx import parse_args
+
+    config, stages = parse_args(command(track, row, 0, 1, extra))
+    return stages[0].config(config).batch
 
 
-def records(track: str) -> list[dict]:
+def log(track: str) -> list[dict]:
     path = OUT / f"{track}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def train(track: str, row: str, seed: int, steps: int, name: str, *extra: str) -> Path:
-    run = Path("logs") / name
+def heartbeats(run: Path) -> list[dict]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.strip()]
+    return [r for r in records if r.get("losses")]
+
+
+def run_one(track: str, row: str, seed: int, steps: int, kind: str, extra: list[str]) -> dict:
+    """Train and judge one run, where it is not there yet; what the log keeps of it."""
+    flags = command(track, row, seed, steps, extra)
+    run = Path("logs") / flags[flags.index("--name") + 1]
+    quiet = dict(check=True, stdout=subprocess.DEVNULL)
     if not (run / "transformer/config.json").exists():
-        subprocess.run([sys.executable, str(ROOT / "train_prx.py"), "--track", track, "--name", name, "--seed",
-                        str(seed), "--steps", str(steps), "--samples", "0", *flags_of(track, row), *extra], check=True,
-                       stdout=subprocess.DEVNULL)
-    return run
-
-
-def name_of(track, row, seed, steps):
-    return f"ablate-{track}-{''.join(c if c.isalnum() else '-' for c in row)}-seed{seed}-{steps}"
-
-
-def one(track: str, row: str, seed: int, steps: int, extra: list[str], kind: str) -> dict:
-    run = train(track, row, seed, steps, name_of(track, row, seed, steps), *extra)
-    subprocess.run([sys.executable, str(ROOT / "eval_prx.py"), str(run), "--n", "500"], check=True,
-                   stdout=subprocess.DEVNULL)
-    result = json.loads((run / "metrics.json").read_text())
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line]
-    beats = [r for r in logged if r.get("losses")]
-    log = (run / "log.txt").read_text()
-    machine = json.loads(log.split("machine: ", 1)[1].split("\n", 1)[0])
-    config = json.loads((run / "config.json").read_text())
+        subprocess.run([sys.executable, str(SCRIPT), *flags], **quiet)
+    if not (run / "metrics.json").exists():
+        subprocess.run([sys.executable, str(ROOT / "eval_prx.py"), str(run), "--n", "500"], **quiet)
     shutil.rmtree(run / "checkpoint", ignore_errors=True)
-    return {"row": row, "seed": seed, "kind": kind, "steps": steps, "samples": logged[-1]["samples"],
-            "seconds": round(logged[-1]["elapsed"], 1), "flags": flags_of(track, row) + extra,
-            **{key: round(result["metrics"]["eval"][key], 5) for key in METRICS},
-            "unseen": round(result["metrics"]["unseen"]["accuracy"], 5),
-            "loss": round(statistics.fmean(x for r in beats[-3:] for x in r["losses"] if x is not None), 5),
-            "lost_updates": beats[-1].get("lost_updates"), "compute": config["compute"],
-            "protocol": {k: result["protocol"][k] for k in ("n", "steps", "cfg_scale", "prompts_sha256")},
-            "machine": {k: machine[k] for k in ("cpu", "cpus", "gpu", "torch", "source_sha256")}}
+    facts, judged = (json.loads((run / f"{name}.json").read_text()) for name in ("run", "metrics"))
+    beats = heartbeats(run)
+    losses = [x for beat in beats for x in beat["losses"] if x is not None]
+    last = beats[-4:]
+    return dict(
+        row=row, seed=seed, kind=kind, steps=steps, samples=facts["finished"]["samples"],
+        seconds=round(facts["finished"]["elapsed"], 1), flags=flags_of(track, row) + extra,
+        images_per_s=round(statistics.median(beat["images_per_s"] for beat in beats), 1),
+        **{key: round(judged["metrics"]["eval"][key], 5) for key in METRICS},
+        unseen=round(judged["metrics"]["unseen"]["accuracy"], 5),
+        loss=[round(statistics.fmean(losses[i:i + 10]), 4) for i in range(0, len(losses), 10)],
+        loss_by_time=[round(statistics.fmean(column), 5) for column in zip(*(beat["loss_by_time"] for beat in last))],
+        data=facts["data"], protocol_sha256=judged["protocol_sha256"], source_sha256=facts["source_sha256"],
+        machine=facts["machine"])
 
 
-def curves(track: str):
-    """Losses, losses by noise level and lost updates over the runs at hand, for the plots: means over seeds."""
-    found = {}
-    for record in records(track):
-        run = Path("logs") / name_of(track, record["row"], record["seed"], record["steps"])
-        if record["kind"] == "steps" and (run / "metrics.jsonl").exists():
-            beats = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines() if '"losses"' in x]
-            losses = [x for b in beats for x in b["losses"]]
-            group = [sum(losses[i:i + 10]) / 10 for i in range(0, len(losses) // 10 * 10, 10)]
-            found.setdefault(record["row"], []).append(dict(
-                seed=record["seed"], loss=[round(x, 4) for x in group],
-                by_time=[round(sum(b["loss_by_time"][k] for b in beats[-4:]) / len(beats[-4:]), 5) for k in range(10)],
-                lost=[[b["step"], round(b["lost_updates"], 4)] for b in beats if b.get("lost_updates") is not None]))
-    path = OUT / f"{track}.curves.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    for row, runs in found.items():  # what was kept of seeds whose logs are not at hand stays
-        new = {run["seed"] for run in runs}
-        kept[row] = sorted([*runs, *(r for r in kept.get(row, []) if r["seed"] not in new)], key=lambda r: r["seed"])
-    path.write_text(json.dumps(kept) + "\n")
-
-
-def speed(track: str, turns: int, rows: list[str], extra: list[str]):
-    """Images/s of each row, in each turn: its compiled step on random data (records/bench.py), row after row in one
-    process, and what all rows share: scenes and text encoder. Of some rows only, the ratio to the baseline is measured
-    and noted as if it had been taken in the turns of before."""
-    import bench
-    from data import encoders
-    from data.scenes import SceneData
-
-    T, median = bench.T, statistics.median
-    device, flags = T.setup_world().device, ["--track", track, "--steps", "1", "--compile", "on"]
-    configs = {row: bench.parse_args([*flags, *flags_of(track, row), *extra])[0] for row in rows}
-    configs |= {f"{row}, ended": dataclasses.replace(c, repa=0.0) for row, c in configs.items()
-                if c.repa and c.repa_until < 1}  # what follows the burn-in
-    c = configs["baseline"]
-    teacher = encoders.Teacher("repa-teacher", c.repa_teacher, device)
-    settings = {row: bench.Ours(config, device, *bench.shapes_of(config), teacher) for row, config in configs.items()}
-    times, _ = bench.in_turns(settings, turns, 4)
-    encoder, shared = encoders.TextEncoder(c.text, device, c.text_tokens, c.text_pad), {}
-    for c in {c.batch: c for c in configs.values()}.values():
-        batches = T.host_batches(SceneData(c), c, 0, 0, slice(0, c.batch))
-        shared[c.batch] = []
-        for _ in range(12):
-            start = time.perf_counter()
-            encoder.encode(next(batches)[2])
-            shared[c.batch].append(time.perf_counter() - start)
-    step = {row: [median(lap["step"] for lap in laps[i:i + 4]) + median(shared[configs[row].batch])
-                  for i in range(0, len(laps), 4)] for row, laps in times.items()}
-    for row in rows:
-        if f"{row}, ended" in step:
-            share = configs[row].repa_until
-            step[row] = [share * a + (1 - share) * b for a, b in zip(step[row], step.pop(f"{row}, ended"))]
-    rates = {row: [configs[row].batch / seconds for seconds in values] for row, values in step.items()}
-    for row, values in rates.items():
-        print(f"{row:24s} {median(values):7.0f} images/s, {median(values) / median(rates['baseline']):.2f}", flush=True)
-    path = OUT / f"{track}.speed.json"
-    if path.exists() and set(rows) != set(ROWS):
-        before = json.loads(path.read_text())
-        turns_in_pairs = lambda row: zip(rates[row], rates["baseline"], before["baseline"])
-        rates = before | {row: [a / b * c for a, b, c in turns_in_pairs(row)] for row in rows if row != "baseline"}
-    path.write_text(json.dumps(rates, indent=1) + "\n")
+def speed_ratio(track: str, row: str) -> float | None:
+    """Images/s over the baseline's, the median over the seeds that both have at equal steps."""
+    rates = {(r["row"], r["seed"]): r["images_per_s"] for r in log(track) if r["kind"] == "steps"}
+    ratios = [rate / rates["baseline", seed] for (name, seed), rate in rates.items()
+              if name == row and ("baseline", seed) in rates]
+    return statistics.median(ratios) if ratios else None
 
 
 def table(track: str) -> str:
-    """Markdown, from the logs alone."""
-    kept = records(track)
-    path = OUT / f"{track}.speed.json"
-    rates = json.loads(path.read_text()) if path.exists() else {}
-    cell = lambda xs, scale=1, digits=2: (f"{statistics.fmean(xs) * scale:.{digits}f}" + (
-        f" ± {statistics.stdev(xs) * scale:.{digits}f}" if len(xs) > 1 else "")) if xs else "-"
-    base = {r["seed"]: r["accuracy"] for r in kept if (r["row"], r["kind"]) == ("baseline", "steps")}
-    lines = ["| row | published FID | n | accuracy % | points over the same seed's baseline | unseen % | FID | CMMD | "
-             "DINO-MMD | images/s over the baseline's | accuracy % at equal time |", "|---" * 11 + "|"]
-    for row in ROWS:
-        mine = [r for r in kept if r["row"] == row and r["kind"] == "steps"]
-        timed = [r["accuracy"] for r in kept if r["row"] == row and r["kind"] == "time"]
-        ratio = [a / b for a, b in zip(rates.get(row, []), rates.get("baseline", []))]
-        if mine:
-            column = lambda key: [r[key] for r in mine]
-            gains = [r["accuracy"] - base[r["seed"]] for r in mine if r["seed"] in base and row != "baseline"]
-            lines.append(f"| {row} | {PUBLISHED.get(row, '-')} | {len(mine)} | {cell(column('accuracy'), 100)} | "
-                         f"{cell(gains, 100)} | {cell(column('unseen'), 100)} | {cell(column('fid'))} | "
-                         f"{cell(column('cmmd'), 1, 3)} | "
-                         f"{cell(column('dino_mmd'), 1, 3)} | {cell(ratio)} | {cell(timed, 100)} |")
+    """Markdown, from the log alone."""
+    records = log(track)
+
+    def cell(values, scale=1.0, digits=2):
+        if not values:
+            return "-"
+        mean = f"{statistics.fmean(values) * scale:.{digits}f}"
+        return mean + (f" ± {statistics.stdev(values) * scale:.{digits}f}" if len(values) > 1 else "")
+
+    base = {r["seed"]: r["accuracy"] for r in records if r["row"] == "baseline" and r["kind"] == "steps"}
+    head = ["row", "published FID", "n", "accuracy %", "points over the same seed's baseline", "unseen %", "FID",
+            "CMMD", "DINO-MMD", "images/s over the baseline's", "accuracy % at equal time"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in [*ROWS, *ALONE]:
+        mine = [r for r in records if r["row"] == row and r["kind"] == "steps"]
+        timed = [r["accuracy"] for r in records if r["row"] == row and r["kind"] == "time"]
+        if not mine:
+            continue
+        column = lambda key: [r[key] for r in mine]
+        gains = [r["accuracy"] - base[r["seed"]] for r in mine if r["seed"] in base and row != "baseline"]
+        ratio = speed_ratio(track, row)
+        cells = [row, PUBLISHED.get(row, "-"), str(len(mine)), cell(column("accuracy"), 100), cell(gains, 100),
+                 cell(column("unseen"), 100), cell(column("fid")), cell(column("cmmd"), 1, 3),
+                 cell(column("dino_mmd"), 1, 3), f"{ratio:.2f}" if ratio else "-", cell(timed, 100)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def plots(track: str):
-    """BF16 storage: loss, accuracy and lost updates. Captions: loss by noise level."""
+    """BF16 storage: loss and accuracy. Captions: loss by noise level."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
 
-    found = json.loads((OUT / f"{track}.curves.json").read_text())
-    kept = [r for r in records(track) if r["kind"] == "steps"]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
+    runs = {row: [r for r in log(track) if r["row"] == row and r["kind"] == "steps"] for row in ROWS}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
     for row, colour in (("baseline", "C0"), ("BF16 weights", "C3")):
-        for i, run in enumerate(found.get(row, [])):
-            axes[0].plot(np.arange(len(run["loss"])) * 10, run["loss"], colour, lw=0.8, label=row if i == 0 else None)
-        values = [r["accuracy"] * 100 for r in kept if r["row"] == row]
-        axes[1].scatter([row] * len(values), values, color=colour)
-    for run in found.get("BF16 weights", []):
-        axes[2].plot(*zip(*[(s, 100 * x) for s, x in run["lost"]]), "C3", lw=0.8)
-    axes[0].set(yscale="log", xlabel="step", ylabel="loss", title="FP32 masters against BF16 storage")
-    axes[0].legend()
-    axes[1].set(ylabel="prompt accuracy, %", title="each seed")
-    axes[2].set(xlabel="step", ylabel="% of a step's updates", title="rounded away to nothing by BF16", ylim=(0, 100))
+        for i, run in enumerate(runs[row]):
+            left.plot([10 * k for k in range(len(run["loss"]))], run["loss"], colour, lw=0.8, label=None if i else row)
+        right.scatter([row] * len(runs[row]), [100 * run["accuracy"] for run in runs[row]], color=colour)
+    left.set(yscale="log", xlabel="step", ylabel="loss", title="FP32 masters against BF16 storage")
+    left.legend()
+    right.set(ylabel="prompt accuracy, %", title="each seed")
     figure.tight_layout()
     figure.savefig(OUT / f"{track}-bf16.png", dpi=90)
     figure, axis = plt.subplots(figsize=(6.5, 4))
-    for row, colour in (("baseline", "C0"), ("short captions", "C1"), ("long/short mix 0.2", "C2")):
-        runs = found.get(row, [])
-        if runs:
-            axis.plot((np.arange(10) + 0.5) / 10, np.mean([r["by_time"] for r in runs], 0), colour + "o-",
-                      label={"baseline": "long captions"}.get(row, row))
+    tenths = [(k + 0.5) / 10 for k in range(10)]
+    for row in ("baseline", "short captions", "long/short mix 0.2"):
+        if runs[row]:
+            means = [statistics.fmean(column) for column in zip(*(run["loss_by_time"] for run in runs[row]))]
+            axis.plot(tenths, means, "o-", label="long captions" if row == "baseline" else row)
     axis.set(yscale="log", xlabel="time t (1 is noise)", ylabel="loss in the last steps",
              title="What a caption settles: loss by noise level")
     axis.legend()
@@ -223,44 +190,43 @@ def plots(track: str):
     figure.savefig(OUT / f"{track}-captions.png", dpi=90)
 
 
-def main():
+def main(argv: list[str] | None = None):
+    rows = [*ROWS, *ALONE]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--track", default="micro", choices=list(STEPS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of every row [300 on micro, 1000 on mini]")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
-    parser.add_argument("--equal-time", action="store_true", help="rows that change throughput, for its time")
-    parser.add_argument("--speed", type=int, metavar="TURNS", help="measure images/s of the rows, in turns")
-    parser.add_argument("--table", action="store_true", help="print the table and draw the plots from the logs")
+    parser.add_argument("--steps", type=int, help="of the baseline [300 on micro, 1000 on mini]")
+    parser.add_argument("--rows", nargs="+", choices=rows, default=rows, metavar="ROW")
+    parser.add_argument("--equal-time", action="store_true", help="rows that change images/s, for the baseline's time")
+    parser.add_argument("--table", action="store_true", help="only the table and the plots, from the log")
+    parser.add_argument("--show", choices=rows, metavar="ROW", help="print a row's command and stop")
     parser.add_argument("--flags", default="", help="further flags of every run, such as '--compile off'")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    track, steps, extra = args.track, args.steps or STEPS[args.track], args.flags.split()
+    if args.show:
+        print("python train_prx.py " + " ".join(command(track, args.show, 0, steps, extra)))
+        return
     OUT.mkdir(exist_ok=True)
-    steps, extra = args.steps or STEPS[args.track], args.flags.split()
-    if args.speed:
-        speed(args.track, args.speed, ["baseline", *(r for r in args.rows if r != "baseline")], extra)
-    if not args.table and not args.speed:
-        for seed in range(args.seeds):
-            for row in args.rows:
-                kind, mine = "steps", round(
-                    steps * batch_of(args.track, "baseline", extra) / batch_of(args.track, row, extra))
-                if args.equal_time:
-                    rates = json.loads((OUT / f"{args.track}.speed.json").read_text())
-                    ratio = statistics.fmean(a / b for a, b in zip(rates[row], rates["baseline"]))
-                    if abs(ratio - 1) < 0.03:
-                        continue
-                    kind, mine = "time", round(mine * ratio)
-                if any((r["row"], r["seed"], r["kind"]) == (row, seed, kind) for r in records(args.track)):
+    base_batch = batch_of(track, "baseline", extra)
+    for seed in range(0 if args.table else args.seeds):
+        for row in args.rows:
+            kind, mine = "steps", round(steps * base_batch / batch_of(track, row, extra))
+            if args.equal_time:
+                ratio = speed_ratio(track, row)
+                if ratio is None or abs(ratio - 1) < 0.03:
+                    print(f"{row}: not at equal time (images/s over the baseline's: {ratio})")
                     continue
-                record = one(args.track, row, seed, mine, extra, kind)
-                with open(OUT / f"{args.track}.jsonl", "a") as file:
-                    file.write(json.dumps(record) + "\n")
-                print(f"seed {seed}  {row:24s} {record['accuracy']:.2%}  FID {record['fid']:.2f}  loss "
-                      f"{record['loss']:.4f}  {record['seconds']:.0f} s", flush=True)
-                curves(args.track)
-    if args.table or not args.speed:
-        print(table(args.track))
-        if (OUT / f"{args.track}.curves.json").exists():
-            plots(args.track)
+                kind, mine = "time", round(mine * ratio)
+            if any((r["row"], r["seed"], r["kind"]) == (row, seed, kind) for r in log(track)):
+                continue
+            record = run_one(track, row, seed, mine, kind, extra)
+            with open(OUT / f"{track}.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+            print(f"seed {seed}  {row:24s} {record['accuracy']:.2%}  FID {record['fid']:.2f}  "
+                  f"{record['seconds']:.0f} s", flush=True)
+    if log(track):
+        print(table(track))
+        plots(track)
 
 
 if __name__ == "__main__":

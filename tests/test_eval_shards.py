@@ -6,88 +6,127 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import eval_prx
-import train_prx as T
-from data.shards import HeldOut
-from eval_prx import main
-from test_eval import cache, refused  # noqa: F401: fixtures
-from test_shards import write_shards
+from data import scenes
+from data.shards import UserError, ragged, write_index, write_shard
+from eval_prx import ShardTask, main
+from test_eval import SCRIPT, cache, judged, refused, write_run  # noqa: F401 (cache is a fixture)
 
-RUN = ("--track micro --repa 0 --ema 0.99 --hidden 32 --heads 2 --depth 2 --batch 8 --samples 0 --sample-steps 2 --compile off --compute "
-       "fp32 --steps 2 --tread-blocks 0-0").split()
-PARTS = ((20, 32, 32, "train"), (24, 32, 32, "eval"), (6, 24, 40, "eval"))
+SIZES = {"train": ((20, 32, 32),), "eval": ((24, 32, 32), (6, 24, 40))}
+SQUARE = {"train": ((20, 32, 32),), "eval": ((24, 32, 32),)}
 
 
-@pytest.fixture
-def shards(in_tmp):
-    write_shards(in_tmp / "d", PARTS, skip=[25])
-    assert T.main([*RUN, "--data", "d", "--name", "r"]) == 0
-    return in_tmp / "d"
+def write_folder(folder: Path, stored: bool = True, first: int = 0, sizes=SIZES, **index) -> Path:
+    """A folder with 20 images for training and 30 held out, one of which is to be skipped. Sample i says so in its
+    caption and in its first colour."""
+    folder.mkdir(parents=True)
+    entries, latent = [], None if stored else {"vae": "none", "channels": 4, "factor": 8}
+    for split, parts in sizes.items():
+        for count, h, w in parts:
+            ids = range(first, first + count)
+            first += count
+            pixels = torch.randint(0, 256, (count, 3, h, w), generator=torch.Generator().manual_seed(first))
+            pixels[:, 0] = torch.tensor(ids)[:, None, None]
+            tensors = {"hash": torch.tensor([list(hashlib.sha256(b"%d" % i).digest()[:16]) for i in ids])}
+            tensors = {"hash": tensors["hash"].to(torch.uint8)} | ragged(
+                "caption.long", [f"long number {i}".encode() for i in ids])
+            tensors |= {"image": pixels.to(torch.uint8)} if stored else {"latent": torch.zeros(count, 4, h // 8, w // 8)}
+            skip = [5] if split == "eval" and count == 24 else []
+            entries.append(write_shard(folder / f"{split}-{len(entries):05d}.safetensors", tensors, split, 32, h, w, skip))
+    write_index(folder, {"captions": ["long"], "image": "raw" if stored else None, "latent": latent, "text": None,
+                         "source": {"name": "counted squares"}, "shards": entries} | index)
+    return folder
 
 
-def test_held_out_samples_come_in_the_order_of_their_hashes_without_skipped_ones(in_tmp):
-    write_shards(in_tmp / "a", PARTS, skip=[25])
-    write_shards(in_tmp / "b", ((21, 32, 32, "train"), (29, 32, 32, "eval")), image="jpeg")
-    held = HeldOut("a", 32)
-    ids = sorted((i for i in range(20, 50) if i != 25), key=lambda i: hashlib.sha256(b"%d" % i).digest()[:16])
-    assert [held.caption(i) for i in range(len(held))] == [f"long number {i}" for i in ids]
-    assert [held.image(i)[0, 0, 0].item() for i in range(len(held))] == ids
-    both = HeldOut("a:0.5,b:0.5", 32)  # image 25 is good in b, and no image counts twice
-    assert len(both) == 30 and "long number 25" in {both.caption(i) for i in range(30)}
-    assert HeldOut("b", 32).image(3).shape == (3, 32, 32)
-    with pytest.raises(T.UserError, match="holds 0 image"):
-        HeldOut("a", 64)
+def run_on(tmp_path: Path, *folders: Path, **about) -> list[str]:
+    data = [{"folder": str(folder), "sha256": "0"} for folder in folders]
+    return [str(write_run(tmp_path / "run", data=data, **about)), "--trust"]
 
 
-def test_a_run_on_shards_is_compared_with_its_held_out_images(shards, capsys):
-    assert main(["logs/r", "--n", "12", "--steps", "2", "--batch", "5"]) == 0
-    result = json.loads(Path("logs/r/metrics.json").read_text())
+def result_in(folder) -> dict:
+    return json.loads((Path(folder) / "metrics.json").read_text())
+
+
+def test_evaluation_images_that_were_trained_on_are_refused(tmp_path, capsys):
+    """The second folder trains on images that the first holds out; one of those is skipped."""
+    run = run_on(tmp_path, write_folder(tmp_path / "a"), write_folder(tmp_path / "b", first=20))
+    assert refused(capsys, *run, "--steps", "2").startswith("19 images are in the training set")
+
+
+def test_without_n_it_takes_what_there_is_and_says_so(tmp_path, capsys):
+    """29 held-out images, not the 2,000 or 10,000 of a record; of so few, FID is not printed to four decimals."""
+    run = run_on(tmp_path, write_folder(tmp_path / "d"))
+    assert main([*run, "--steps", "2"]) == 0
+    printed, result = capsys.readouterr().out, result_in(run[0])
+    assert "29 prompts, all that are held out: records have 10000" in printed
+    assert result["protocol"]["n"] == result["protocol"]["held_out"] == 29 and "real" not in result["metrics"]
+    assert set(result["metrics"]["eval"]) == {"fid", "cmmd", "dino_mmd"} and "\naccuracy" not in printed
+    row = next(line for line in printed.splitlines() if line.startswith("fid "))
+    assert len(row.split()[1].partition(".")[2]) <= 2 and "no measure of photographs" in printed
+    assert Image.open(Path(run[0]) / "samples.png").width > 300
+    assert "--n 30 is more than the 29 held-out images of" in refused(capsys, *run, "--n", "30")
+
+
+def test_what_is_asked_for_is_what_is_held_out_in_the_order_of_the_hashes(tmp_path):
+    """The script gets the captions in order; the reference are their images, the second set the next ones."""
+    folder = write_folder(tmp_path / "d")
+    run = run_on(tmp_path, folder)
+    copy = "import shutil, sys; shutil.copy(sys.argv[2], sys.argv[0] + '.' + sys.argv[2][-6])\n"
+    (Path(run[0]) / "train_prx.py").write_text(copy + SCRIPT)
+    assert main([*run, "--n", "12", "--steps", "2", "--batch", "5", "--ranks", "2", "--precision", "bf16"]) == 0
+    requests = [json.loads((Path(run[0]) / f"train_prx.py.{rank}").read_text()) for rank in (0, 1)]
+    ids = [i for i in sorted(range(20, 50), key=lambda i: hashlib.sha256(b"%d" % i).digest()[:16]) if i != 25]
+    assert requests[0]["prompts"] + requests[1]["prompts"] == [f"long number {i}" for i in ids[:12]]
+    assert requests[0]["seeds"] + requests[1]["seeds"] == list(range(12))
+    for request in requests:
+        del request["prompts"], request["seeds"]
+        assert request == dict(format=1, steps=2, cfg_scale=3.0, batch=5, precision="bf16", device="cpu")
+    result = result_in(run[0])
     assert set(result["metrics"]["eval"]) == {"fid", "cmmd", "dino_mmd"} == set(result["metrics"]["real"])
-    assert result["protocol"]["held_out"] == 29 and result["protocol"]["n"] == 12
-    assert Path("logs/r/samples.png").exists()
-    prompts = [HeldOut("d", 32).caption(i) for i in range(12)]
-    config, seen = eval_prx.read_run(Path("logs/r")), []
-    task = eval_prx.ShardTask(config, 12, "d", True)
-
-    def paint(prompts, noise, *_):
-        seen.extend(prompts)
-        return torch.zeros(len(noise), 3, 32, 32, dtype=torch.uint8)
-
-    options = dict(steps=1, cfg=1.0, seed=0)
-    eval_prx.evaluate_run(config | dict(noise_shape=(3, 32, 32)), task, paint, {}, Path("out"), batch=5, **options)
-    assert seen == prompts
-    # a second real set needs n more images, and of 29 there are not 15 left
-    assert main(["logs/r", "--n", "15", "--steps", "1", "--clip", "none", "--dino", "none", "--out", "o"]) == 0
-    assert "real" not in json.loads(Path("o/metrics.json").read_text())["metrics"]
-    assert "--n 30 is more than the 29 held-out images of d" in refused(capsys, "logs/r", "--n", "30")
+    assert result["protocol"]["precision"] == "bf16"
 
 
-def test_perfect_paintings_have_distance_zero(in_tmp):
-    write_shards(in_tmp / "d", PARTS[:2])
-    config = dict(track="micro", seed=0, resolution=32, shift=1.0, predict="x", noise_shape=(3, 32, 32))
-    task = eval_prx.ShardTask(config, 12, "d", True)
-    answers = {task.held_out.caption(i): task.held_out.image(i) for i in range(12)}
+def test_perfect_paintings_have_distance_zero(tmp_path):
+    task = ShardTask([str(write_folder(tmp_path / "d", sizes=SQUARE))], 32, 11)
     networks = {kind: eval_prx.Features(kind) for kind in ("inception", "clip")}
-    knows = lambda prompts, *_: torch.stack([answers[p] for p in prompts])
-    result = eval_prx.evaluate_run(config, task, knows, networks, Path("o"), steps=1, cfg=1.0, batch=7, seed=0)
-    assert all(abs(result["metrics"]["eval"][key]) < 1e-6 for key in ("fid", "cmmd"))
-    assert result["metrics"]["real"]["fid"] > 1e-3  # the next 12 images are others
+    found = judged(task, [task.held_out.image(i) for i in range(11)], networks, ["fid", "cmmd"], tmp_path)
+    assert all(abs(found["eval"][key]) < 1e-6 for key in ("fid", "cmmd"))
+    assert found["real"]["fid"] > 1e-3  # the next 11 images are others
+    with pytest.raises(UserError, match="holds 0 image"):
+        ShardTask([str(tmp_path / "d")], 64, None)
 
 
-def test_shards_without_images_need_a_reference_and_take_one(in_tmp, capsys):
-    write_shards(in_tmp / "d", PARTS)
-    assert T.main([*RUN, "--data", "d", "--name", "r"]) == 0
-    index = json.loads((in_tmp / "d/index.json").read_text())
-    (in_tmp / "d/index.json").write_text(json.dumps(index | dict(image=None)))
-    assert "holds no images, only latents" in refused(capsys, "logs/r", "--n", "8", "--steps", "1")
-    folder = in_tmp / "real"
+def test_shards_without_images_need_a_reference_and_take_one(tmp_path, capsys):
+    run = run_on(tmp_path, write_folder(tmp_path / "d", stored=False))
+    flags = [*run, "--n", "8", "--steps", "1"]
+    assert "holds no images, only latents" in refused(capsys, *flags)
+    (tmp_path / "real").mkdir()
     for i in range(8):
-        eval_prx.save_image(torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8), folder / f"{i}.png")
-    assert main(["logs/r", "--n", "8", "--steps", "1", "--real", "real"]) == 0
-    result = json.loads(Path("logs/r/metrics.json").read_text())
+        image = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8)
+        Image.fromarray(image.numpy()).save(tmp_path / "real" / f"{i}.png")
+    flags += ["--real", str(tmp_path / "real")]
+    assert main(flags) == 0
+    result = result_in(run[0])
     assert result["protocol"]["real"]["n"] == 8 and result["metrics"]["eval"]["fid"] > 0
-    (in_tmp / "elsewhere").mkdir()
-    (in_tmp / "d").rename(in_tmp / "elsewhere/d")
-    assert "holds no index.json" in refused(capsys, "logs/r", "--n", "8", "--steps", "1", "--real", "real")
-    assert main(["logs/r", "--n", "8", "--steps", "1", "--real", "real", "--data", "elsewhere/d"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "d").rename(tmp_path / "elsewhere/d")
+    assert "holds no index.json" in refused(capsys, *flags)
+    assert main([*flags, "--data", str(tmp_path / "elsewhere/d")]) == 0
+
+
+def test_the_data_says_whether_a_run_is_one_on_scenes(tmp_path, capsys):
+    """Not the track: `--track micro` trains on anybody's pictures too. And the index says of which track they are."""
+    pictures, marked = write_folder(tmp_path / "a"), write_folder(tmp_path / "b", scenes={"track": "mini"})
+    run = run_on(tmp_path, marked)
+    flags = ["--n", "8", "--steps", "1", "--metrics", "fid"]
+    assert main([*run, *flags]) == 0
+    result = result_in(run[0])
+    assert result["metrics"]["eval"]["accuracy"] > 0 and "unseen" in result["metrics"]
+    assert result["protocol"]["scenes"] == scenes.MINI.protocol
+    assert "no measure of photographs" not in capsys.readouterr().out
+    assert main([*run, *flags, "--data", f"{pictures},{marked}"]) == 0
+    assert "accuracy" not in result_in(run[0])["metrics"]["eval"]
+    assert main([*run, *flags, "--data", "scenes"]) == 0
+    assert result_in(run[0])["protocol"]["scenes"] == scenes.MICRO.protocol

@@ -1,30 +1,30 @@
 """Latents and text as diffusers' pipelines see them, runs in latents from start to export, and --init."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
+from conftest import ROOT, TINY, losses, metrics, run, same, weights
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_shards import write_shards
 
 import eval_prx
 import train_prx as T
-from data import encoders
-from data.preflight import read_metrics
-from data.settings import parse_args
-from data.encoders import VAE, TextEncoder
+from data import prepare, scenes
 
 KL = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
           block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
-RUN = ("--track micro --repa 0 --ema 0.99 --hidden 32 --heads 2 --depth 2 --batch 8 --samples 0 --sample-steps 2 --compile off "
-       "--compute fp32 --resolution 64").split()
+AT_64 = ["--batch", 8, "--resolution", 64]
 
 
 def small_vae(kind: str):
-    import diffusers
-
     torch.manual_seed(0)
     if kind == "flux":
         vae = diffusers.AutoencoderKL(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, **KL)
@@ -47,29 +47,35 @@ def small_vae(kind: str):
 def vaes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vaes")
     for kind in ("flux", "sd", "flux2", "dc-ae"):
-        small_vae(kind).save_pretrained(folder / kind / ("vae" if kind == "flux" else ""))  # as part of a pipeline, or alone
+        inner = "vae" if kind == "flux" else ""  # as part of a pipeline, or alone
+        small_vae(kind).save_pretrained(folder / kind / inner)
     return folder
+
+
+@pytest.fixture
+def at_64(in_tmp):
+    """A current folder with shards/micro of 64 px and two fields of captions."""
+    write_shards(in_tmp / "shards/micro", ((48, 64, 64, "train"), (4, 64, 64, "eval")), resolution=64)
+    return in_tmp
 
 
 @pytest.fixture(scope="module")
 def t5gemma(tmp_path_factory):
     """A small random T5Gemma encoder with the embedded tokenizer, in the format of the real one."""
-    from transformers import AutoTokenizer, T5GemmaConfig, T5GemmaEncoderModel, T5GemmaModuleConfig
-
     folder = tmp_path_factory.mktemp("t5gemma")
-    tokenizer = AutoTokenizer.from_pretrained(T.TEXTS["tiny"])
-    module = T5GemmaModuleConfig(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
-                                 num_attention_heads=2, num_key_value_heads=1, head_dim=12, sliding_window=64)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "data/networks/text")
+    module = transformers.T5GemmaModuleConfig(
+        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=12, sliding_window=64)
+    config = transformers.T5GemmaConfig(encoder=module, decoder=module, is_encoder_decoder=False)
     torch.manual_seed(0)
-    T5GemmaEncoderModel(T5GemmaConfig(encoder=module, decoder=module, is_encoder_decoder=False)).save_pretrained(folder)
+    transformers.T5GemmaEncoderModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def pipeline(vae=None, text=None, tokenizer=None):
     """diffusers' pipeline around a transformer that outputs zero: what goes in as latents is what it decodes."""
-    import diffusers
-
     channels = vae.config.latent_channels if vae else 4
     transformer = diffusers.PRXTransformer2DModel(in_channels=channels, patch_size=1, context_in_dim=24, hidden_size=32,
                                                   num_heads=2, depth=1, axes_dim=[8, 8])
@@ -89,7 +95,7 @@ def photo(n=2, height=64, width=96):
 @pytest.mark.parametrize("kind", ["flux", "sd", "dc-ae"])
 def test_latents_decoded_by_the_diffusers_pipeline_are_the_vaes_own_reconstruction(vaes, kind):
     """Bit for bit the same picture as the VAE's own encode and decode: so the same PSNR."""
-    x, vae = photo(), VAE(str(vaes / kind))
+    x, vae = photo(), T.VAE(str(vaes / kind))
     z = vae.encode(x)
     assert z.shape == (2, vae.channels, 64 // vae.factor, 96 // vae.factor)
     model = small_vae(kind)
@@ -111,26 +117,24 @@ def test_latents_decoded_by_the_diffusers_pipeline_are_the_vaes_own_reconstructi
 
 
 def test_flux2_latents_are_those_of_diffusers_own_pipeline(vaes):
-    from diffusers import Flux2Pipeline
-
-    x, vae, model = photo(1, 64, 64), VAE(str(vaes / "flux2")), small_vae("flux2")
-    them = SimpleNamespace(vae=model, _patchify_latents=Flux2Pipeline._patchify_latents)
+    x, vae, model = photo(1, 64, 64), T.VAE(str(vaes / "flux2")), small_vae("flux2")
+    them = SimpleNamespace(vae=model, _patchify_latents=diffusers.Flux2Pipeline._patchify_latents)
     with torch.no_grad():
-        theirs = Flux2Pipeline._encode_vae_image(them, x / 127.5 - 1, None)
+        theirs = diffusers.Flux2Pipeline._encode_vae_image(them, x / 127.5 - 1, None)
         # as the pipeline's __call__ decodes
         mean, std = model.bn.running_mean.view(1, -1, 1, 1), (model.bn.running_var.view(1, -1, 1, 1) + 1e-4).sqrt()
-        picture = model.decode(Flux2Pipeline._unpatchify_latents(theirs * std + mean)).sample
+        picture = model.decode(diffusers.Flux2Pipeline._unpatchify_latents(theirs * std + mean)).sample
     assert torch.allclose(vae.encode(x), theirs, atol=1e-5) and vae.channels == 32 and vae.factor == 16
     assert torch.allclose(vae.decode(theirs), picture, atol=1e-5)
 
 
 def test_vaes_are_told_apart_by_their_weights(vaes, tmp_path):
-    a = VAE(str(vaes / "sd"))
+    a = T.VAE(str(vaes / "sd"))
     model = small_vae("sd")
     with torch.no_grad():
         model.decoder.conv_out.bias += 1e-3
     model.save_pretrained(tmp_path / "sd")
-    b = VAE(str(tmp_path / "sd"))
+    b = T.VAE(str(tmp_path / "sd"))
     assert a.about["sha256"] != b.about["sha256"] and {**a.about, "sha256": 0} == {**b.about, "sha256": 0}
     assert "sd" == a.about["vae"]  # no path of this machine
 
@@ -138,8 +142,8 @@ def test_vaes_are_told_apart_by_their_weights(vaes, tmp_path):
 def test_a_vae_that_cannot_be_had_is_one_sentence(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "Nonsense"}')
     for name in ("nobody/nothing", str(tmp_path), str(tmp_path / "gone")):
-        with pytest.raises(T.UserError, match=r"--vae .* cannot be loaded .*use --vae none") as error:
-            VAE(name)
+        with pytest.raises(T.UserError, match=r"--vae .* cannot be loaded .*give a local folder") as error:
+            T.VAE(name)
         assert "\n" not in str(error.value)
 
 
@@ -157,9 +161,7 @@ NASTY = ["", " ", "a red ring", "A RED Ring!", "<person> & a dog", "see https://
 
 
 def test_token_ids_are_those_of_the_pipeline_on_nasty_strings(t5gemma):
-    from data.prepare import clean
-
-    text = TextEncoder(str(t5gemma), max_tokens=48, pad=16)
+    text = T.TextEncoder(str(t5gemma), max_tokens=48)
     text.tokenizer.model_max_length = 48
     theirs = pipeline(None, text.model, text.tokenizer)
     ids, mask = theirs._tokenize_prompts(NASTY, "cpu")
@@ -167,125 +169,121 @@ def test_token_ids_are_those_of_the_pipeline_on_nasty_strings(t5gemma):
     with torch.no_grad():
         states = text.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     for i, prompt in enumerate(NASTY):
-        cleaned = clean(prompt)
+        cleaned = prepare.clean(prompt)
         ours = text.tokenizer([cleaned], truncation=True, max_length=48)["input_ids"][0]
         assert ours == ids[i][mask[i]].tolist(), prompt
         encoded, our_mask = text.encode([cleaned])
         assert torch.allclose(encoded[our_mask], states[i][mask[i]], atol=1e-5), prompt
 
 
-def test_stored_text_is_padded_to_few_lengths():
-    states, mask = T.pad_text([torch.ones(n, 3) * n for n in (1, 33, 64)], 32)
-    assert states.shape == (3, 64, 3) and mask.sum(1).tolist() == [1, 33, 64]
-    assert T.pad_text([torch.ones(65, 3)], 32)[0].shape[1] == 96
-    assert all((row[m] == len(row[m])).all() and (row[~m] == 0).all() for row, m in zip(states, mask))
-
-
 # --- runs
 
-def losses(name):
-    return [x for record in read_metrics(Path("logs") / name) for x in record.get("losses", [])]
-
-
-def test_scenes_train_in_latents_and_the_export_paints_with_diffusers(in_tmp, vaes, t5gemma, capsys):
+def test_a_run_in_latents_learns_and_its_export_paints_with_diffusers(at_64, vaes, t5gemma, capsys):
     """Encoded on the fly; the exported pipeline, given our noise and our time grid, paints what our sampler paints."""
-    import diffusers
-
-    assert T.main([*RUN, "--steps", "30", "--vae", str(vaes / "flux"), "--text", str(t5gemma), "--name", "r", "--shift",
-                   "2.0", "--lr", "0.01", "--lr-adamw", "0.01"]) == 0
-    config = json.loads(Path("logs/r/config.json").read_text())
+    run(*AT_64, "--steps", 30, "--vae", vaes / "flux", "--text", t5gemma, "--name", "r", "--shift", 2.0, "--lr", 0.01,
+        "--lr-adamw", 0.01)
+    config = json.loads(Path("logs/r/config.json").read_text())["config"]
     assert (config["patch"], config["predict"], config["bottleneck"]) == (2, "v", 0)
     assert np.mean(losses("r")[-5:]) < np.mean(losses("r")[:3])
     assert eval_prx.main(["export", "logs/r", "--out", "pipeline"]) == 0
-    assert "PRXPipeline.from_pretrained('pipeline')" in capsys.readouterr().out
+    assert "wrote pipeline" in capsys.readouterr().out
     theirs = diffusers.PRXPipeline.from_pretrained("pipeline")
     theirs.set_progress_bar_config(disable=True)
-    picture = theirs("a red ring", height=64, width=64, num_inference_steps=3, use_resolution_binning=False).images[0]
-    assert picture.size == (64, 64)
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     grid = T.shift_time(torch.linspace(1, 0, 4), 2.0)
     theirs.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)  # ours is shifted already
     image = theirs("a red ring", height=64, width=64, timesteps=(grid[:-1] * 1000).tolist(), guidance_scale=3.0,
                    latents=noise.clone(), use_resolution_binning=False, output_type="pt").images
-    from data.prepare import clean
-    vae, text = VAE(str(vaes / "flux")), TextEncoder(str(t5gemma), max_tokens=80)
-    z = T.sample(T.load_transformer("logs/r/transformer"), noise, *text.encode([clean("a red ring")]), *text.encode([""]),
-                 steps=3, cfg_scale=3.0, shift=2.0, predict="v")
-    assert torch.allclose(image, (vae.decode(z) / 2 + 0.5).clamp(0, 1), atol=1e-3) and image.std() > 0
-    assert eval_prx.main(["logs/r", "--n", "8", "--steps", "1", "--inception", "none", "--clip", "none", "--dino",
-                          "none"]) == 0
+    vae, text = T.VAE(str(vaes / "flux")), T.TextEncoder(str(t5gemma), max_tokens=80)
+    z = T.sample(T.load_transformer("logs/r/transformer"), noise, *text.encode([prepare.clean("a red ring")]),
+                 *text.encode([""]), steps=3, cfg_scale=3.0, shift=2.0, predict="v")
+    ours = (vae.decode(z) / 2 + 0.5).clamp(0, 1)
+    assert torch.allclose(image, ours, atol=1e-3) and image.std() > 0
+    request = dict(format=1, prompts=["a red ring"], seeds=[0], steps=3, cfg_scale=3.0, device="cpu")
+    Path("request.json").write_text(json.dumps(request))
+    with pytest.MonkeyPatch.context() as patch:  # and so does --paint
+        patch.setattr(T, "__file__", str(Path("logs/r/train_prx.py").resolve()))
+        assert T.main(["--paint", "request.json", "--out", "out.safetensors"]) == 0
+    assert (load_file("out.safetensors")["images"].float() / 255 - ours).abs().max() < 6e-3
 
 
-def test_what_prx_pipeline_cannot_do_is_not_exported(in_tmp, vaes, capsys):
-    for name, flags, says in (("pixels", ["--predict", "v"], "--vae none --predict v"),
-                              ("flux2", ["--vae", str(vaes / "flux2"), "--patch", "1"], "AutoencoderKLFlux2")):
-        assert T.main([*RUN, "--steps", "1", "--name", name, *flags]) == 0
-        assert eval_prx.main(["export", f"logs/{name}", "--out", "p"]) == 2
-        assert says in capsys.readouterr().err and not Path("p").exists()
+def test_latents_that_are_encoded_on_the_fly_are_the_stored_ones(in_tmp, vaes, monkeypatch):
+    """The model sees the same in the same order, but for the BF16 in which latents are stored."""
+    vae = T.VAE(str(vaes / "flux"))
+    for name, more in (("images", {}), ("latents", dict(latent=vae.about, image=None))):
+        write_shards(in_tmp / name, ((32, 64, 64, "train"),), resolution=64, **more)
+    latents = vae.encode(load_file("images/train-00000.safetensors")["image"]).bfloat16()
+    tensors = load_file("latents/train-00000.safetensors") | dict(latent=latents.contiguous())
+    save_file(tensors, "latents/train-00000.safetensors")
+    seen, real = [], T.flow_matching_loss
+    monkeypatch.setattr(T, "flow_matching_loss", lambda model, x_0, *a: (seen.append(x_0), real(model, x_0, *a))[1])
+    for name in ("images", "latents"):
+        run(*AT_64, "--steps", 6, "--vae", vaes / "flux", "--data", name, "--name", name)
+    encoded, stored = torch.stack(seen[:len(seen) // 2]), torch.stack(seen[len(seen) // 2:])
+    assert encoded.std() > 0.01 and (encoded - stored).abs().max() < 2 ** -8 * encoded.abs().max()
+    assert np.allclose(losses("images"), losses("latents"), rtol=1e-2)
 
 
 def test_latents_of_another_vae_are_refused_with_both(in_tmp, vaes, capsys):
-    from test_shards import write_shards
-
-    about = VAE(str(vaes / "flux")).about
+    about = T.VAE(str(vaes / "flux")).about
     write_shards(in_tmp / "d", ((16, 64, 64, "train"),), latent=about | dict(scale=0.5), image=None, resolution=64)
-    assert T.main([*RUN, "--steps", "2", "--vae", str(vaes / "flux"), "--data", "d"]) == 2
+    run(*AT_64, "--steps", 2, "--vae", vaes / "flux", "--data", "d", code=2)
     err = capsys.readouterr().err
-    assert "'scale': 0.5" in err and "'scale': 0.3611" in err
+    assert "0.5" in err and "0.3611" in err and err.count("\n") == 1
     write_shards(in_tmp / "e", ((16, 64, 64, "train"),), latent=about, image=None, resolution=64)
-    assert T.main([*RUN, "--steps", "2", "--vae", str(vaes / "sd"), "--data", "e"]) == 2
+    run(*AT_64, "--steps", 2, "--vae", vaes / "sd", "--data", "e", code=2)
     assert "the latents of e were made by" in capsys.readouterr().err
-    assert T.main([*RUN, "--steps", "2", "--vae", str(vaes / "flux"), "--data", "e", "--patch", "3"]) == 2
+    run(*AT_64, "--steps", 2, "--vae", vaes / "flux", "--data", "e", "--patch", 3, code=2)
     assert "images of 64 x 64 px cannot be cut into tokens of 24 px" in capsys.readouterr().err
+    assert not Path("logs").exists()
 
 
 def test_two_resolutions_keep_weights_optimizer_and_ema(in_tmp, vaes, monkeypatch):
-    """Latents of 64 and 128 px with a caption mix and buckets: one run, stopped in each stage, equal to the whole one."""
-    from test_shards import write_shards
-
-    about = VAE(str(vaes / "flux")).about
+    """Latents of 64 and 128 px with a caption mix and buckets: a run stopped in each stage equals the whole one."""
+    about = T.VAE(str(vaes / "flux")).about
     text = dict(text="tiny", width=96, max_tokens=80)
-    write_shards(in_tmp / "a", ((20, 64, 64, "train"), (12, 48, 80, "train"), (4, 64, 64, "eval")), latent=about, text=text,
-                 image=None, resolution=64)
+    write_shards(in_tmp / "a", ((20, 64, 64, "train"), (12, 48, 80, "train"), (4, 64, 64, "eval")), latent=about,
+                 text=text, image=None, resolution=64)
     write_shards(in_tmp / "b", ((20, 128, 128, "train"),), latent=about, text=text, image=None, resolution=128)
-    stages = [T.Stage("64px", 0.5, dict(data="a")), T.Stage("128px", 0.5, dict(
+    stages = [T.Stage("64px", 0.5, dict(data="a", batch=8, resolution=64)), T.Stage("128px", 0.5, dict(
         data="b", resolution=128, batch=4, captions="mix:0.5", shift=2.0))]
     monkeypatch.setitem(T.TRACKS, "micro", (T.TRACKS["micro"][0], stages))
-    monkeypatch.setattr(encoders, "TextEncoder", None)  # stored text needs no encoder
-    flags = [*RUN[:RUN.index("--batch")], *RUN[RUN.index("--batch") + 2:-2], "--vae", str(vaes / "flux"), "--steps", "12"]
-    monkeypatch.setattr(T, "TRACKS", {"micro": (T.dataclasses.replace(T.TRACKS["micro"][0], batch=8, resolution=64), stages)})
+    monkeypatch.setattr(T, "TextEncoder", None)  # stored text needs no encoder
+    at = TINY.index("--batch")
+    flags = [*TINY[:at], *TINY[at + 2:], "--text-tokens", "80", "--vae", str(vaes / "flux"), "--steps", "12"]
     for name, stops in (("whole", [0]), ("cut", [3, 8, 0])):
         for stop in stops:
             assert T.main([*flags, "--name", name, "--stop-after", str(stop)]) == 0
-    a, b = (load_file(f"logs/{n}/transformer/diffusion_pytorch_model.safetensors") for n in ("whole", "cut"))
-    assert all(torch.equal(a[k], b[k]) for k in a) and losses("whole") == losses("cut")
-    assert read_metrics(Path("logs/whole"))[-1]["samples"] == 6 * 8 + 6 * 4
+    assert same(weights("whole"), weights("cut")) and losses("whole") == losses("cut")
+    assert metrics("whole")[-1]["samples"] == 6 * 8 + 6 * 4
     assert Path("logs/whole/samples/final.png").exists()
 
 
-def test_five_hundred_images_from_prepare_through_two_resolutions_to_a_picture_by_diffusers(in_tmp, vaes, t5gemma):
-    """One command prepares, a second trains 100 steps on latents of 64 and 128 px with a caption mix, a third exports."""
-    import diffusers
-    from PIL import Image
-
-    from data import prepare, scenes
-
-    drawn = scenes.draw_scenes(range(500), "train")
-    Path("photos").mkdir()
-    with open("photos/metadata.jsonl", "w") as lines:
-        texts = zip(scenes.captions(drawn), scenes.captions(drawn, "short"))
-        for i, (picture, (long, short)) in enumerate(zip(scenes.render(drawn, 128), texts)):
-            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(f"photos/{i}.png")
+def photos(folder, numbers, size):
+    """A folder of scenes as pictures with long and short captions."""
+    Path(folder).mkdir()
+    drawn = scenes.draw_scenes(numbers, "train")
+    texts = zip(scenes.captions(drawn), scenes.captions(drawn, "short"))
+    with open(f"{folder}/metadata.jsonl", "w") as lines:
+        for i, (picture, (long, short)) in enumerate(zip(scenes.render(drawn, size), texts)):
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(f"{folder}/{i}.png")
             lines.write(json.dumps(dict(file_name=f"{i}.png", text=long, text_short=short)) + "\n")
-    prepare.prepare("photos", "shards", size="64,128", store="latent,text", vae=str(vaes / "flux"), text=str(t5gemma),
+
+
+def test_five_hundred_images_from_prepare_through_two_resolutions_to_a_picture_by_diffusers(in_tmp, vaes, t5gemma,
+                                                                                           monkeypatch):
+    """One command prepares, a second trains on latents of 64 and 128 px with a caption mix, a third exports."""
+    photos("photos", range(500), 128)
+    prepare.prepare("photos", "shards/d", size="64,128", store="latent,text", vae=str(vaes / "flux"), text=str(t5gemma),
                     text_tokens=80)
-    flags = [f for f in RUN if f not in ("--resolution", "64")] + [
-        "--data", "shards", "--vae", str(vaes / "flux"), "--text", str(t5gemma), "--steps", "100", "--stages",
-        "64:0.5,128:0.5", "--captions", "mix:0.3", "--lr", "0.01", "--lr-adamw", "0.01", "--name", "r"]
-    assert T.main(flags) == 0
+    stages = [T.Stage("64px", 0.5, dict(resolution=64)), T.Stage("128px", 0.5, dict(resolution=128))]
+    monkeypatch.setitem(T.TRACKS, "micro", (T.TRACKS["micro"][0], stages))
+    run("--batch", 8, "--data", "shards/d", "--vae", vaes / "flux", "--text", t5gemma, "--text-tokens", 80,
+        "--name", "r", "--steps", 100, "--captions", "mix:0.3", "--lr", 0.01, "--lr-adamw", 0.01)
     curve = losses("r")
-    assert len(curve) == 100 and np.mean(curve[40:50]) < 0.9 * np.mean(curve[:5]) and np.mean(curve[-10:]) < np.mean(curve[:5])
-    assert [r["stage"] for r in read_metrics(Path("logs/r")) if "stage" in r][-1] == 1
+    assert len(curve) == 100 and np.mean(curve[40:50]) < 0.9 * np.mean(curve[:5])
+    assert np.mean(curve[-10:]) < np.mean(curve[:5])
+    assert [r["stage"] for r in metrics("r") if "stage" in r][-1] == 1
     assert eval_prx.main(["export", "logs/r", "--out", "pipeline"]) == 0
     pipe = diffusers.PRXPipeline.from_pretrained("pipeline")
     picture = pipe("a red ring", height=128, width=128, num_inference_steps=2, use_resolution_binning=False).images[0]
@@ -294,12 +292,11 @@ def test_five_hundred_images_from_prepare_through_two_resolutions_to_a_picture_b
 
 # --- --init
 
-def test_init_starts_from_a_transformer_or_a_pipeline_folder_strictly(in_tmp, capsys):
-    assert T.main([*RUN, "--steps", "3", "--name", "a", "--ema", "0"]) == 0
-    source = Path("logs/a/transformer")
-    tensors = load_file(source / "diffusion_pytorch_model.safetensors")
+def test_init_starts_from_a_transformer_or_a_pipeline_folder_strictly(shards, capsys):
+    run("--steps", 3, "--name", "a", "--ema", 0)
+    source, tensors = Path("logs/a/transformer"), weights("a")
     # lr so small that the weights stay: what comes out is what went in
-    still = ["--steps", "1", "--lr", "1e-12", "--lr-adamw", "1e-12", "--ema", "0"]
+    still = ["--steps", 1, "--lr", 1e-12, "--lr-adamw", 1e-12, "--ema", 0]
     sharded = Path("pipe/transformer")
     sharded.mkdir(parents=True)
     (sharded / "config.json").write_text((source / "config.json").read_text())
@@ -307,28 +304,33 @@ def test_init_starts_from_a_transformer_or_a_pipeline_folder_strictly(in_tmp, ca
     weight_map = {k: f"diffusion_pytorch_model-0000{1 + i % 2}-of-00002.safetensors" for i, k in enumerate(names)}
     for file in set(weight_map.values()):
         save_file({k: tensors[k] for k in names if weight_map[k] == file}, sharded / file)
-    (sharded / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = json.dumps({"weight_map": weight_map})
+    (sharded / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
     for name, init in (("b", source), ("c", "pipe")):
-        assert T.main([*RUN, *still, "--name", name, "--init", str(init)]) == 0
-        again = load_file(f"logs/{name}/transformer/diffusion_pytorch_model.safetensors")
+        run(*still, "--name", name, "--init", init)
+        again = weights(name)
         assert all(torch.allclose(again[k], v, atol=1e-8) for k, v in tensors.items())
-    assert T.main([*RUN, *still, "--name", "d", "--init", str(source), "--depth", "3"]) == 2
-    assert "depth is 3 here and 2 there" in capsys.readouterr().err
+    run(*still, "--name", "d", "--init", source, "--depth", 3, code=2)
+    err = capsys.readouterr().err
+    assert "'depth': 2" in err and "'depth': 3" in err and "give the flags that fit" in err
+    run(*still, "--name", "e", "--init", source, "--sprint", 0.5, "--tread-blocks", "0-0", code=2)
+    assert "'sprint': True" in capsys.readouterr().err
     del tensors["txt_in.weight"]
     save_file(tensors, source / "diffusion_pytorch_model.safetensors")
-    assert T.main([*RUN, *still, "--name", "e", "--init", str(source)]) == 2
-    assert "is no PRX transformer in diffusers format" in capsys.readouterr().err
-    assert T.main([*RUN, *still, "--name", "f", "--init", "nobody/nothing"]) == 2
-    assert "nobody/nothing" in capsys.readouterr().err
+    for name, init in (("f", source), ("g", "nobody/nothing"), ("h", "logs")):
+        run(*still, "--name", name, "--init", init, code=2)
+        err = capsys.readouterr().err
+        assert f"{init} as a PRX transformer in diffusers format cannot be loaded" in err and err.count("\n") == 1
 
 
-def test_a_resumed_run_does_not_start_from_init_again(in_tmp):
-    assert T.main([*RUN, "--steps", "3", "--name", "a"]) == 0
-    flags = [*RUN, "--steps", "6", "--init", "logs/a/transformer"]
-    assert T.main([*flags, "--name", "whole"]) == 0
-    assert T.main([*flags, "--name", "cut", "--stop-after", "3"]) == 0
-    assert T.main([*flags, "--name", "cut"]) == 0
-    assert losses("whole") == losses("cut") and losses("whole") != losses("a")[:3] + losses("whole")[3:]
+def test_a_resumed_run_does_not_start_from_init_again(shards):
+    run("--steps", 3, "--name", "a")
+    flags = ["--steps", 6, "--init", "logs/a/transformer"]
+    run(*flags, "--name", "whole")
+    run(*flags, "--name", "cut", "--stop-after", 3)
+    run(*flags, "--name", "cut")
+    assert losses("whole") == losses("cut") and losses("whole")[:3] != losses("a")
+    assert same(weights("whole"), weights("cut"))
 
 
 # --- the real size
@@ -337,49 +339,41 @@ def test_a_resumed_run_does_not_start_from_init_again(in_tmp):
                                                          ("flux2", 1024, 4096, 128), ("dc-ae", 1024, 1024, 32),
                                                          ("none", 1024, 1024, 3)])
 def test_the_1b_model_takes_every_latent_space_on_the_meta_device(vae, size, tokens, channels):
-    c, _ = parse_args(["--vae", vae])
+    c, _ = T.parse_args(["--vae", vae])
     factor = {"none": 1, "repa-e": 8, "flux2": 16, "dc-ae": 32}[vae]
     with torch.device("meta"):
         model = T.PRX(in_channels=channels, patch_size=c.patch, hidden_size=c.hidden, depth=c.depth, num_heads=c.heads,
                       mlp_ratio=c.mlp_ratio, bottleneck_size=c.bottleneck or None)
-        model.set_compute_dtype(torch.bfloat16)
+        T.set_compute_dtype(model, torch.bfloat16)
         seen = []
         model.blocks[0].register_forward_hook(lambda m, args, out: seen.append(out.shape))
         x = torch.empty(2, channels, size // factor, size // factor)
-        text, mask = torch.empty(2, 192, 2304), torch.ones(2, 192, dtype=torch.bool)
-        loss = T.flow_matching_loss(model, x, x, torch.empty(2), text, mask, c.predict)[0]
+        text, mask = torch.empty(2, 256, 2304), torch.ones(2, 256, dtype=torch.bool)
+        loss = T.flow_matching_loss(model, x, x, torch.empty(2), text, mask, c)[0]
         loss.sum().backward()
     assert seen == [(2, tokens, 1792)] and all(p.grad is not None for p in model.parameters())
     assert 1.15e9 < sum(p.numel() for p in model.parameters()) < 1.2e9
 
 
 def test_the_24_hour_track_in_miniature(in_tmp, vaes, t5gemma, monkeypatch, capsys):
-    """Its own recipe and three stages, from prepared shards of 256 and 512 px and curated ones: only the model is small, the
-    batches are 1/256 and the networks random. Too short for REPA's burn-in, and stopped in every stage."""
-    import transformers
-    from PIL import Image
-
-    from data import prepare, scenes
-
+    """Its own recipe and three stages, from prepared shards of two sizes and curated ones: only the model is small, the
+    batches are 1/256, the sizes a fourth and the networks random. REPA ends with its stage; stopped in every stage."""
     torch.manual_seed(0)
     transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(
         patch_size=16, num_register_tokens=4, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32)).save_pretrained("vit")
-    for folder, first in (("photos", 0), ("curated", 40)):
-        Path(folder).mkdir()
-        drawn = scenes.draw_scenes(range(first, first + 16))
-        with open(f"{folder}/metadata.jsonl", "w") as lines:
-            texts = zip(scenes.captions(drawn), scenes.captions(drawn, "short"))
-            for i, (picture, (long, short)) in enumerate(zip(scenes.render(drawn, 512), texts)):
-                Image.fromarray(picture.permute(1, 2, 0).numpy()).save(f"{folder}/{i}.png")
-                lines.write(json.dumps(dict(file_name=f"{i}.png", text=long, text_short=short)) + "\n")
-        prepare.prepare(folder, f"{folder}-shards", size="256,512", store="image,latent,text", vae=str(vaes / "flux"),
+    for first, out in ((0, "shards/24h"), (40, "shards/24h-sft")):
+        photos(f"photos-{first}", range(first, first + 16), 128)
+        prepare.prepare(f"photos-{first}", out, size="64,128", store="image,latent,text", vae=str(vaes / "flux"),
                         text=str(t5gemma), eval_share=0.1)
     c, stages = T.TRACKS["24h"]
     assert [s.knobs["batch"] for s in stages] == [1024, 512, 256] and c.repa and not stages[1].knobs["repa"]
-    small = [T.Stage(s.name, s.share, s.knobs | dict(batch=s.knobs["batch"] // 256)) for s in stages]
-    monkeypatch.setitem(T.TRACKS, "micro", (T.dataclasses.replace(c, track="micro", hidden=32, heads=2), small))  # no CUDA
-    flags = ["--track", "micro", "--data", "photos-shards", "--sft-data", "curated-shards", "--vae", str(vaes / "flux"),
+    assert c.repa_until < stages[0].share
+    smaller = lambda k: dict(batch=k.batch // 256, resolution=k.resolution // 4)
+    small = [T.Stage(s.name, s.share, s.knobs | smaller(s.config(c))) for s in stages]
+    c = dataclasses.replace(c, hidden=32, heads=2, repa_until=1.0)
+    monkeypatch.setitem(T.TRACKS, "micro", (dataclasses.replace(c, track="micro"), small))  # no CUDA
+    flags = ["--track", "micro", "--data", "shards/24h", "--sft-data", "shards/24h-sft", "--vae", str(vaes / "flux"),
              "--text", str(t5gemma), "--repa-teacher", "vit", "--steps", "20", "--samples", "1", "--sample-steps", "2",
              "--compile", "off"]
     for name, stops in (("whole", [0]), ("cut", [5, 16, 0])):
@@ -387,6 +381,20 @@ def test_the_24_hour_track_in_miniature(in_tmp, vaes, t5gemma, monkeypatch, caps
             assert T.main([*flags, "--name", name, "--stop-after", str(stop)]) == 0, capsys.readouterr()
     said = capsys.readouterr().out
     assert said.count("stage 512px:") == said.count("stage sft:") == 2 and said.count("REPA ends at step 13:") == 2
-    a, b = (load_file(f"logs/{n}/transformer/diffusion_pytorch_model.safetensors") for n in ("whole", "cut"))
-    assert all(torch.equal(a[k], b[k]) for k in a) and losses("whole") == losses("cut")
-    assert read_metrics(Path("logs/whole"))[-1]["samples"] == 13 * 4 + 6 * 2 + 1
+    assert same(weights("whole"), weights("cut")) and losses("whole") == losses("cut")
+    assert metrics("whole")[-1]["samples"] == 13 * 4 + 6 * 2 + 1
+    facts = json.loads(Path("logs/whole/run.json").read_text())
+    assert [Path(d["folder"]).name for d in facts["data"]] == ["24h", "24h-sft"] and facts["resolution"] == 128
+    assert facts["parameters"] == sum(v.numel() for v in weights("whole").values()) and facts["shift"] == 2.0
+    [export] = Path("logs/whole/exports").iterdir()
+    assert T.load_transformer(export).config == T.load_transformer("logs/whole/transformer").config
+
+
+def test_the_24_hour_track_takes_the_folders_of_its_name(in_tmp):
+    """Without --data: shards/24h, and shards/24h-sft where it exists."""
+    assert T.parse_args([])[0].data == "shards/24h"
+    assert [s.name for s in T.parse_args([])[1]] == ["256px", "512px"]
+    Path("shards/24h-sft").mkdir(parents=True)
+    Path("shards/24h-sft/index.json").write_text("{}")
+    config, stages = T.parse_args([])
+    assert [s.config(config).data for s in stages] == ["shards/24h"] * 2 + ["shards/24h-sft"]

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import prepare as prep  # noqa: E402
+from data import prepare as prep, shards  # noqa: E402
 
 
 def picture(seed: int = 0, width: int = 40, height: int = 40) -> Image.Image:
@@ -159,7 +159,8 @@ def test_index_and_hashes_match_the_files(tmp_path):
     assert order == [f"image {i}" for i in range(5)]  # the order of the source
     assert hashes == [hashlib.sha256(data).digest()[:16] for data in images.values()]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "contact_sheet.png", "index.json", "report.json", *(f"train-{i:05d}.safetensors" for i in range(3))]
+        "contact_sheet.png", "index.json", "report.json", "teacher", "text",
+        *(f"train-{i:05d}.safetensors" for i in range(3))]
     assert Image.open(tmp_path / "out" / "contact_sheet.png").size[0] > 500
 
 
@@ -177,7 +178,7 @@ def test_the_last_line_is_the_next_command_and_limit_stops_early(tmp_path, capsy
     assert prep.prepare(source, tmp_path / "out", limit=2, eval_share=0)["count"] == 2
     printed = capsys.readouterr().out.splitlines()
     assert printed[-2].startswith("kept 2 of 2 images, 2 samples for training and 0 for evaluation, 1 shards, 0.0 MB")
-    assert printed[-1] == f"python train_prx.py --track micro --data {tmp_path / 'out'} --resolution 32"
+    assert printed[-1] == f"python train_prx.py --track micro --data {tmp_path / 'out'}"
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------
@@ -231,19 +232,21 @@ def test_a_truncated_jpeg_is_skipped_counted_and_named(tmp_path, capsys):
 
 
 def test_a_text_file_named_jpg_is_skipped(tmp_path):
-    assert beside_a_good_one(tmp_path, b"this is text") == {"not a JPEG, PNG or WebP image": ["bad.jpg"]}
+    assert beside_a_good_one(tmp_path, b"this is text") == {"not a JPEG, PNG, WebP, GIF or BMP image": ["bad.jpg"]}
 
 
-def test_formats_besides_the_three_never_reach_a_decoder(tmp_path):
-    assert beside_a_good_one(tmp_path, encode(picture(), "TIFF")) == {"not a JPEG, PNG or WebP image": ["bad.jpg"]}
+def test_other_formats_never_reach_a_decoder(tmp_path):
+    assert beside_a_good_one(tmp_path, encode(picture(), "TIFF")) == {"not a JPEG, PNG, WebP, GIF or BMP image": ["bad.jpg"]}
 
 
 @pytest.mark.parametrize("width, height", [(60_000, 60_000), (12_000, 9_000), (40_000, 64)])
 def test_absurd_sizes_are_refused_from_the_header(tmp_path, monkeypatch, width, height):
-    def transpose(image):  # the first step that needs pixels
+    load = ImageFile.ImageFile.load
+
+    def small(image):
         assert max(image.size) < 1000, "the pixels of a refused image were about to be decoded"
-        return image
-    monkeypatch.setattr(prep.ImageOps, "exif_transpose", transpose)
+        return load(image)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", small)
     assert beside_a_good_one(tmp_path, png(width, height)) == {"too many pixels": ["bad.jpg"]}
 
 
@@ -348,6 +351,29 @@ def test_a_broken_tar_keeps_what_came_before_and_is_named(tmp_path, damage):
     assert skipped(tmp_path / "out")["broken tar (what follows the damage is lost)"] == ["bad.tar", "bad.tar"]
 
 
+# ---- what travels with the data --------------------------------------------------------------------------------------
+
+
+def test_the_small_networks_travel_with_the_data_and_verify_checks_them(tmp_path):
+    source = tar(tmp_path / "a.tar", [("a.png", encode(picture())), ("a.txt", b"a")])
+    out = tmp_path / "out"
+    index = prep.prepare(source, out, eval_share=0)
+    for name in ("text", "teacher"):
+        for file in ("config.json", "model.safetensors"):
+            assert (out / name / file).read_bytes() == (shards.NETWORKS / name / file).read_bytes()
+        weights = (out / name / "model.safetensors").read_bytes()
+        assert index["networks"][name] == hashlib.sha256(weights).hexdigest()
+    assert (out / "text/tokenizer.json").exists()
+    done = run("--verify", out)
+    assert done.returncode == 0 and done.stdout == f"{out}: all 3 files are those that its index names\n"
+    file = out / "teacher/model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    done = run("--verify", out)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "teacher/model.safetensors is not" in done.stderr
+
+
 # ---- errors and atomicity --------------------------------------------------------------------------------------------
 
 
@@ -361,7 +387,7 @@ def test_nothing_usable_is_exit_code_2_and_one_sentence(tmp_path):
     source = folder(tmp_path / "in", {"a.jpg": b"text"}, lines)
     done = run(source, "--out", tmp_path / "out", cwd=tmp_path)  # a folder that is not the repository's root
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    for part in (str(source), "metadata.jsonl", "found 2", "not a JPEG, PNG or WebP image: 1", "missing file: 1"):
+    for part in (str(source), "metadata.jsonl", "found 2", "not a JPEG, PNG, WebP, GIF or BMP image: 1", "missing file: 1"):
         assert part in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -407,22 +433,23 @@ def test_overwrite_is_needed_and_replaces_everything(tmp_path):
     source = folder(tmp_path / "in", images, [{"file_name": name, "text": "x"} for name in images])
     out = tmp_path / "out"
     prep.prepare(source, out, shard_size=1)
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    files = lambda: {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    before = files()
     with pytest.raises(prep.UserError, match="--overwrite replaces it"):
         prep.prepare(source, out)
     with pytest.raises(prep.UserError, match="smaller than --min-size: 3"):  # and the old set stays as it was
         prep.prepare(source, out, size=64, overwrite=True)
-    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+    assert before == files()
     prep.prepare(source, out, overwrite=True)
-    assert sorted(p.name for p in out.iterdir()) == ["contact_sheet.png", "index.json", "report.json",
-                                                     "train-00000.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == ["contact_sheet.png", "index.json", "report.json", "teacher",
+                                                     "text", "train-00000.safetensors"]
 
 
 @pytest.mark.parametrize("fails", ["save_file", "os.replace"])
 def test_a_failed_run_leaves_no_index_and_the_next_one_goes_on(tmp_path, monkeypatch, fails):
     images = {f"{i}.png": encode(picture(i)) for i in range(3)}
     source = folder(tmp_path / "in", images, [{"file_name": name, "text": "x"} for name in images])
-    calls, target = [], prep.os if fails == "os.replace" else prep
+    calls, target = [], prep.os if fails == "os.replace" else shards
     original = getattr(target, fails.split(".")[-1])
 
     def fail_at_the_second(*args):
@@ -445,7 +472,7 @@ def test_the_index_is_moved_into_place_last(tmp_path, monkeypatch):
     monkeypatch.setattr(prep.os, "replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
     source = tar(tmp_path / "a.tar", [("a.png", encode(picture())), ("a.txt", b"a")])
     prep.prepare(source, tmp_path / "out", eval_share=0)
-    assert moved[-5:] == ["train-00000.safetensors", "contact_sheet.png", "report.json", "index.json", "trash"]
+    assert moved[-5:] == ["model.safetensors", "contact_sheet.png", "report.json", "index.json", "trash"]
 
 
 def test_the_first_sentence_serves_as_a_short_caption(tmp_path):

@@ -25,9 +25,8 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import train_prx as T
-from data.encoders import VAE, TextEncoder  # noqa: E402
 from data import prepare as prep, scenes, sources  # noqa: E402
+from data.shards import NETWORKS, UserError, verify  # noqa: E402
 
 COUNT = 520
 
@@ -92,7 +91,7 @@ def networks(tmp_path_factory):
     AutoencoderKL(block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4,
                   up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, norm_num_groups=4, latent_channels=16,
                   scaling_factor=0.3611, shift_factor=0.1159).save_pretrained(folder / "vae")
-    tokenizer = AutoTokenizer.from_pretrained(T.TEXTS["tiny"])
+    tokenizer = AutoTokenizer.from_pretrained(NETWORKS / "text")
     half = T5GemmaModuleConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                num_attention_heads=2, num_key_value_heads=1, head_dim=16)
     config = T5GemmaConfig(encoder=half, decoder=half, is_encoder_decoder=False, vocab_size=len(tokenizer))
@@ -147,6 +146,7 @@ def test_three_kinds_of_source_give_the_same_shards(three):
 
 
 def test_latents_and_states_are_those_of_the_trainers_own_networks(three, networks, samples):
+    from train_prx import VAE, TextEncoder
     index = json.loads((three / "out-folder" / "index.json").read_text())
     vae, text = VAE(networks["vae"]), TextEncoder(networks["text"])
     assert index["latent"] == json.loads(json.dumps(vae.about)) and index["text"] == json.loads(json.dumps(text.about))
@@ -192,6 +192,38 @@ def test_jpeg_shards_and_area_filter(samples, tmp_path):
     assert (raw["image"][0].float() - area).abs().max() <= 1  # Pillow rounds after each direction
 
 
+@pytest.mark.parametrize("settings", [
+    dict(size=64, store="jpeg", crop="buckets"), dict(store="latent,text", text="tiny")],
+    ids=lambda s: "-".join(map(str, s.values())))
+def test_the_printed_command_trains(settings, samples, networks, tmp_path, capsys):
+    networks = networks | ({"text": "tiny"} if settings.get("text") == "tiny" else {})
+    index = prep.prepare(as_folder(tmp_path / "in", samples[:60]), tmp_path / "out", **{**networks, **settings})
+    if settings.get("text") == "tiny":
+        assert index["text"] == {"text": "tiny", "width": 96, "max_tokens": 40}
+    assert verify(tmp_path / "out") == len(index["shards"]) + 2
+    words = capsys.readouterr().out.splitlines()[-1].split()
+    assert words[:2] == ["python", "train_prx.py"]
+    command = [sys.executable, ROOT / "train_prx.py", *words[2:]]
+    done = subprocess.run([*command, "--steps", "2", "--samples", "0", "--compile", "off", "--name", "r"], cwd=tmp_path,
+                          text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("settings, captions, image, says", [
+    (dict(size="256,512", store="latent,text"), ["long", "short"], None,
+     "--track 24h --data d --vae repa-e --text t5gemma --text-tokens 256 --repa 0"),
+    (dict(size="256,512", store="latent,jpeg"), ["long"], "jpeg", "--track 24h --data d --vae repa-e --captions long"),
+    (dict(size=512, store="latent,image"), ["long", "short"], "raw",
+     "--track 24h --data d --resolution 512 --vae repa-e"),
+    (dict(size=256), ["long"], "raw", "--track mini --data d")])
+def test_the_printed_command_says_what_the_track_does_not(settings, captions, image, says):
+    import train_prx
+    s = prep.Settings(**settings)
+    command = prep.next_command(Path("d"), s, {"captions": captions, "image": image})
+    assert command == f"python train_prx.py {says}"
+    train_prx.parse_args(command.split()[2:])  # no flag is unknown
+
+
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +259,7 @@ def test_several_sizes_make_one_sample_each_and_small_images_only_the_sizes_they
     assert {s["resolution"]: s["count"] for s in index["shards"]} == {32: 6, 64: 5} and index["count"] == 11
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["read"], report["kept"], report["resolutions"]) == (6, 6, {"32": 6, "64": 5})
-    with pytest.raises(T.UserError, match="20 x 20 pixels, no multiple of the 8 pixels"):
+    with pytest.raises(UserError, match="20 x 20 pixels, no multiple of the 8 pixels"):
         prep.prepare(source, tmp_path / "bad", size=20, store="latent", vae=networks["vae"])
 
 
@@ -258,7 +290,7 @@ def test_the_limit_counts_kept_images_over_parts(samples, tmp_path, monkeypatch)
                 for row in rows(s, "caption.long")]
     assert index["count"] == 23 and captions == [prep.clean(long) for _, _, long, _ in samples[:23]]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(T.UserError, match="--limit 23 on 2 processes"):
+    with pytest.raises(UserError, match="--limit 23 on 2 processes"):
         prep.prepare(source, tmp_path / "two", limit=23)
 
 
@@ -380,7 +412,7 @@ def test_two_ranks_give_the_bytes_of_one(samples, tmp_path, monkeypatch):
     monkeypatch.setattr(prep, "STARTED", 0)
     assert prep.prepare(source, tmp_path / "two", eval_share=0.2) == {}
     monkeypatch.setattr(prep, "STARTED", time.time() + 60)  # a later start, on a finished data set
-    with pytest.raises(T.UserError, match="--overwrite replaces it"):
+    with pytest.raises(UserError, match="--overwrite replaces it"):
         prep.prepare(source, tmp_path / "two", eval_share=0.2)
 
 
@@ -403,7 +435,7 @@ def test_a_nearly_full_disk_stops_with_a_sentence_and_can_be_gone_on_with(sample
 def test_what_cannot_fit_is_refused_before_anything_is_written(samples, tmp_path, monkeypatch, capsys, make):
     source, free = make(tmp_path / "in", samples[:150]), shutil.disk_usage(tmp_path)
     monkeypatch.setattr(prep.shutil, "disk_usage", lambda path: free._replace(free=150 * 3 * 64 * 64))
-    with pytest.raises(T.UserError, match="need 2.0 MB, and the disk|need 1.9 MB, and the disk"):
+    with pytest.raises(UserError, match="need 2.0 MB, and the disk|need 1.9 MB, and the disk"):
         prep.prepare(source, tmp_path / "out", size=64)
     assert "about 150 images" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
@@ -420,10 +452,10 @@ def test_another_job_in_the_same_folder_is_refused_and_says_what_differs(samples
     with pytest.raises(OSError, match="unplugged"):
         prep.prepare(source, tmp_path / "out", eval_share=0)
     monkeypatch.setattr(prep.PartWriter, "close", write)
-    with pytest.raises(T.UserError, match="--size was 32 and is 16; --filter was lanczos and is area: .*--overwrite"):
+    with pytest.raises(UserError, match="--size was 32 and is 16; --filter was lanczos and is area: .*--overwrite"):
         prep.prepare(source, tmp_path / "out", size=16, filter="area", eval_share=0)
     (source / "metadata.jsonl").write_text((source / "metadata.jsonl").read_text().replace("red", "RED"))
-    with pytest.raises(T.UserError, match="the source's files are not the same"):
+    with pytest.raises(UserError, match="the source's files are not the same"):
         prep.prepare(source, tmp_path / "out", eval_share=0)
     assert prep.prepare(source, tmp_path / "out", size=16, eval_share=0, overwrite=True)["count"] == 60
     assert shards(tmp_path / "out", "train")[0]["image"].shape[2] == 16
@@ -463,18 +495,18 @@ def test_fields_are_found_by_usual_names_or_named_and_otherwise_listed(samples, 
     names, images, longs, shorts = zip(*samples[:6])
     table = pa.table({"key": names, "picture": list(images), "words": longs, "tags": shorts})
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(T.UserError, match=r"no column of captions .*--long-field; its columns are key \(string\), "):
+    with pytest.raises(UserError, match=r"no column of captions .*--long-field; its columns are key \(string\), "):
         prep.prepare(tmp_path / "a.parquet", tmp_path / "out")
-    with pytest.raises(T.UserError, match="no column 'Words' that can serve as --long-field"):
+    with pytest.raises(UserError, match="no column 'Words' that can serve as --long-field"):
         prep.prepare(tmp_path / "a.parquet", tmp_path / "out", long_field="Words")
-    with pytest.raises(T.UserError, match="no column 'words' that can serve as --image-field"):
+    with pytest.raises(UserError, match="no column 'words' that can serve as --image-field"):
         prep.prepare(tmp_path / "a.parquet", tmp_path / "out", image_field="words", long_field="words")
     index = prep.prepare(tmp_path / "a.parquet", tmp_path / "out", long_field="words", short_field="tags", eval_share=0)
     assert index["count"] == 6 and index["captions"] == ["long", "short"]
     source = as_folder(tmp_path / "in", samples[:120])
     lines = (source / "metadata.jsonl").read_text().replace('"text"', '"words"').replace('"file_name"', '"file"')
     (source / "metadata.jsonl").write_text(lines)
-    with pytest.raises(T.UserError, match="first 100 samples .*fields are file, words, text_short: .*--long-field"):
+    with pytest.raises(UserError, match="first 100 samples .*fields are file, words, text_short: .*--long-field"):
         prep.prepare(source, tmp_path / "two", image_field="file")
     assert prep.prepare(source, tmp_path / "two", image_field="file", long_field="words", eval_share=0)["count"] == 120
 
@@ -496,7 +528,7 @@ def test_broken_parquet_files_and_rows_are_counted_and_named(samples, tmp_path):
     assert report["broken Parquet file (what follows the damage is lost)"]["first"] == ["00030.parquet",
                                                                                        "00060.parquet"]
     assert report["no image in this row"]["first"] == ["00090.parquet:1"]
-    assert report["not a JPEG, PNG or WebP image"]["first"] == ["00090.parquet:2"]
+    assert report["not a JPEG, PNG, WebP, GIF or BMP image"]["first"] == ["00090.parquet:2"]
     assert report["caption not in UTF-8"]["first"] == ["00090.parquet:3"]
     assert index["count"] == 31
 
@@ -605,12 +637,12 @@ def test_a_folder_of_images_on_the_hub_and_a_missing_repository(samples, tmp_pat
 
 
 def test_what_is_no_repository_or_has_nothing_to_read_is_said_in_one_sentence(tmp_path, monkeypatch):
-    with pytest.raises(T.UserError, match="hf://owner is no dataset repository: write hf://owner/name"):
+    with pytest.raises(UserError, match="hf://owner is no dataset repository: write hf://owner/name"):
         prep.prepare("hf://owner", tmp_path / "out")
     import huggingface_hub
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: type("Info", (), {"sha": "0" * 40}))
     tree = [huggingface_hub.RepoFile(path=p, size=1, oid="0") for p in ("a.zip", "b/c.csv")]
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_tree", lambda *a, **k: iter(tree))
-    with pytest.raises(T.UserError, match=r"no .tar, no .parquet and no metadata.jsonl among its 2 files .*csv, zip"):
+    with pytest.raises(UserError, match=r"no .tar, no .parquet and no metadata.jsonl among its 2 files .*csv, zip"):
         prep.prepare("hf://owner/name", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,21 +1,62 @@
-"""Sampling: Heun against closed forms, painting from the command line, curves, and the same result on any ranks."""
+"""Sampling: Euler with guidance against closed forms and diffusers, and painting from a run's folder."""
 
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import run, shell
+from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
+from test_model import both, inputs
 
-import eval_prx
-import train_prx
-from eval_prx import heun, main
-from test_eval import cache, refused, run  # noqa: F401: fixtures
+import train_prx as T
+
+
+# --- the sampler
+
+@pytest.mark.parametrize("predict", ["v", "x"])
+@pytest.mark.parametrize("cfg_scale", [1, 3.0])
+def test_the_sampler_walks_from_noise_to_the_data_of_a_perfect_model(predict, cfg_scale):
+    """With one data point x* the exact denoiser is known, and Euler must end on it."""
+    star, calls = torch.full((2, 3, 4, 4), 0.5), []
+
+    def model(x, t, text, mask):
+        calls.append(text.shape[0])
+        time = t[:, None, None, None]
+        return star[:1].expand(len(x), -1, -1, -1) if predict == "x" else (x - star[:1]) / time
+
+    text, mask = torch.zeros(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)
+    out = T.sample(model, torch.randn(2, 3, 4, 4), text, mask, text[:1], mask[:1], steps=12, cfg_scale=cfg_scale,
+                   shift=3.0, predict=predict)
+    assert torch.allclose(out, star, atol=1e-5)
+    assert calls == [4 if cfg_scale != 1 else 2] * 12
+
+
+def test_sampling_follows_diffusers_euler_on_our_time_grid():
+    """Same network, same noise, our shifted grid passed to diffusers' scheduler with shift 1: the same image."""
+    ours, theirs = both(in_channels=3)
+    g = torch.Generator().manual_seed(3)
+    noise, (_, _, text, mask) = torch.randn(3, 3, 16, 16, generator=g), inputs()
+    a = T.sample(ours, noise, text, mask, text[:1], mask[:1], steps=7, cfg_scale=1, shift=3.0, predict="v")
+    grid = T.shift_time(torch.linspace(1, 0, 8), 3.0)[:-1]
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=grid.tolist())
+    x = noise
+    with torch.no_grad():
+        for sigma in scheduler.timesteps:
+            v = theirs(hidden_states=x, timestep=sigma.expand(3) / 1000, encoder_hidden_states=text,
+                       attention_mask=mask).sample
+            x = scheduler.step(v, sigma, x, return_dict=False)[0]
+    assert (a - x).abs().max() < 1e-4
+
+
+def test_our_time_grid_is_diffusers_shifted_one():
+    for shift in (1.0, 3.0):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        scheduler.set_shift(shift)
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 0, 11)[:-1].numpy())
+        assert torch.allclose(scheduler.sigmas, T.shift_time(torch.linspace(1, 0, 11), shift), atol=1e-6)
 
 
 class Decay(torch.nn.Module):
@@ -30,145 +71,107 @@ def ode(a, b, n=1):
     return torch.tensor([[[a, b]]]).expand(n, -1, -1), torch.ones(n, 1, dtype=torch.bool)
 
 
-def test_heun_is_second_order_and_euler_first():
+def test_euler_is_of_first_order():
     noise = torch.randn(3, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     truth = noise * math.exp(-(0.7 + 0.9 / 2))
-    errors = {}
-    for name, sampler in (("euler", train_prx.sample), ("heun", heun)):
-        errors[name] = [(sampler(Decay(), noise, *ode(0.7, 0.9, 3), *ode(0.0, 0.0), steps=steps, cfg_scale=1.0,
-                                 shift=1.0, predict="v") - truth).abs().max().item() for steps in (8, 16, 32)]
-    order = {name: [math.log2(a / b) for a, b in zip(e, e[1:])] for name, e in errors.items()}
-    assert all(0.8 < o < 1.2 for o in order["euler"]) and all(1.6 < o < 2.4 for o in order["heun"])
-    assert errors["heun"][0] < 0.2 * errors["euler"][0]
+    errors = [(T.sample(Decay(), noise, *ode(0.7, 0.9, 3), *ode(0.0, 0.0), steps=steps, cfg_scale=1.0, shift=1.0,
+                        predict="v") - truth).abs().max().item() for steps in (8, 16, 32)]
+    assert all(0.8 < math.log2(a / b) < 1.2 for a, b in zip(errors, errors[1:]))
 
 
-def test_heun_guides_as_the_trainers_sampler_does():
-    """With one step it is Euler's; guidance of a linear field is the field of the guided coefficients."""
+@pytest.mark.parametrize("predict", ["v", "x"])
+def test_guidance_goes_from_the_empty_prompt_past_the_prompt(predict):
+    """Guidance of a linear field is the field of the guided coefficients."""
     noise = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    options = dict(cfg_scale=2.5, shift=2.0)
-    for predict in "vx":
-        one = [sampler(Decay(), noise, *ode(0.7, 0.2, 2), *ode(0.3, 0.1), steps=1, predict=predict, **options)
-               for sampler in (train_prx.sample, heun)]
-        assert torch.allclose(*one, atol=1e-6)
-    guided = heun(Decay(), noise, *ode(0.7, 0.2, 2), *ode(0.3, 0.1), steps=6, predict="v", **options)
-    same = heun(Decay(), noise, *ode(0.3 + 2.5 * 0.4, 0.1 + 2.5 * 0.1, 2), *ode(0.0, 0.0), steps=6, predict="v",
-                cfg_scale=1.0, shift=2.0)
+    net, options = Decay(), dict(steps=6, shift=2.0, predict=predict)
+    if predict == "x":  # the estimate of x_0 that means the same velocity
+        net = lambda x, t, text, mask: x - t[:, None, None, None].clamp(min=0.05) * Decay()(x, t, text, mask)
+    guided = T.sample(net, noise, *ode(0.7, 0.2, 2), *ode(0.3, 0.1), cfg_scale=2.5, **options)
+    same = T.sample(net, noise, *ode(0.3 + 2.5 * 0.4, 0.1 + 2.5 * 0.1, 2), *ode(0.0, 0.0), cfg_scale=1.0, **options)
     assert torch.allclose(guided, same, atol=1e-5)
+    plain = T.sample(net, noise, *ode(0.7, 0.2, 2), *ode(0.3, 0.1), cfg_scale=1.0, **options)
+    assert not torch.allclose(guided, plain, atol=0.1)
 
 
-# Painting for people
+# --- painting
 
-def pixels(path):
-    return np.array(Image.open(path)).astype(int)
-
-
-def test_a_prompt_becomes_a_grid_and_a_folder(run, tmp_path, capsys):  # noqa: F811
-    argv = ["sample", str(run), "a red ring", "--n", "3", "--seed", "1", "--steps", "2"]
-    assert main([*argv, "--out", str(tmp_path / "grid.png")]) == 0
-    said = capsys.readouterr().out
-    assert "3 images of 32 px in 2 steps on cpu: about" in said and "grid.png" in said
-    assert main([*argv, "--out", str(tmp_path / "folder"), "--batch", "2"]) == 0
-    single = [pixels(tmp_path / "folder" / f"00000-0{i}.png") for i in range(3)]
-    assert single[0].shape == (32, 32, 3) and not (single[0] == single[1]).all()
-    assert abs(pixels(tmp_path / "folder.png") - pixels(tmp_path / "grid.png")).max() <= 1
-    assert main([*argv[:-3], "2", "--steps", "2", "--out", str(tmp_path / "other")]) == 0  # another seed
-    assert not (pixels(tmp_path / "other" / "00000-00.png") == single[0]).all()
-
-    (tmp_path / "prompts.txt").write_text("a blue square\n\na red ring\n")
-    assert main(["sample", str(run), "--prompts", str(tmp_path / "prompts.txt"), "--n", "1", "--seed", "1", "--steps",
-                 "2", "--out", str(tmp_path / "many")]) == 0
-    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["00000-00.png", "00001-00.png"]
-    assert abs(pixels(tmp_path / "many" / "00001-00.png") - single[0]).max() <= 1  # its own noise, whatever the others
+PROMPTS = ["a red ring", "a blue cross", "", "a small green square in the top left", "a red ring"]
 
 
-def test_a_run_on_other_data_can_paint_too(run, tmp_path):  # noqa: F811
-    other = tmp_path / "photos"
-    shutil.copytree(run, other)
-    config = json.loads((other / "config.json").read_text()) | {"data": "shards/photos"}
-    (other / "config.json").write_text(json.dumps(config))
-    assert main(["sample", str(other), "a red ring", "--n", "1", "--steps", "1", "--out", str(tmp_path / "g.png")]) == 0
+@pytest.fixture(scope="module")
+def painted_run(tmp_path_factory, scene_folder):
+    """A run whose weights are random: it paints something."""
+    folder = tmp_path_factory.mktemp("painting")
+    (folder / "shards").mkdir()
+    (folder / "shards/micro").symlink_to(scene_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run("--steps", 2, "--name", "r", "--shift", 2.0)
+    model = T.load_transformer(folder / "logs/r/transformer")
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.2
+    T.export_transformer(model.config, model.state_dict(), folder / "logs/r/transformer")
+    T.export_transformer(model.config, {k: 0.5 * v for k, v in model.state_dict().items()}, folder / "logs/r/exports/a")
+    return folder / "logs/r"
 
 
-def test_bad_requests_are_one_sentence(run, tmp_path, capsys):  # noqa: F811
-    assert "nothing to paint" in refused(capsys, "sample", run)
-    assert "missing.txt cannot be read" in refused(capsys, "sample", run, "--prompts", tmp_path / "missing.txt")
-    assert "--n 0" in refused(capsys, "sample", run, "a", "--n", "0")
-    assert "--steps 0" in refused(capsys, "sample", run, "a", "--steps", "0")
-    assert "10,001 characters" in refused(capsys, "sample", run, "a" * 10_001)
-    assert "--out ." in refused(capsys, "sample", run, "a", "--out", ".")
-    assert "x.gif" in refused(capsys, "sample", run, "a", "--out", tmp_path / "x.gif")
-    assert "no config.json" in refused(capsys, "sample", tmp_path, "a")
-    assert "--tread" in refused(capsys, "sample", run, "a", "--guidance", "self")
-    assert "--sampler euler" in refused(capsys, run, "--guidance", "self", "--sampler", "heun")
-    for sweep in ("cfg", "cfg=", "cfg=a", "steps=0", "shift=1"):
-        assert f"--sweep {sweep}" in refused(capsys, run, "--sweep", sweep)
-    assert "no checkpoints" in refused(capsys, run, "--checkpoints", "all")
+@pytest.fixture
+def paint(painted_run, tmp_path, monkeypatch):
+    """A function: a request in, images out, as painted by the run's script in this process."""
+    monkeypatch.setattr(T, "__file__", str(painted_run / "train_prx.py"))
+
+    def paint(code=0, **asked):
+        request, out = tmp_path / "request.json", tmp_path / "images.safetensors"
+        asked = dict(format=1, prompts=PROMPTS, seeds=[3, 4, 5, 6, 7], steps=3, cfg_scale=2.0, device="cpu") | asked
+        request.write_text(json.dumps(asked))
+        assert T.main(["--paint", str(request), "--out", str(out)]) == code
+        return load_file(out)["images"] if code == 0 else None
+
+    return paint
 
 
-# Curves
-
-NOTHING = ["--inception", "none", "--dino", "none"]
-
-
-def test_a_sweep_is_the_single_evaluations_with_the_networks_loaded_once(run, tmp_path, monkeypatch):  # noqa: F811
-    loaded, init = [], eval_prx.Features.__init__
-    monkeypatch.setattr(eval_prx.Features, "__init__", lambda self, *a: (loaded.append(a[0]), init(self, *a))[1])
-    argv = [str(run), "--n", "8", "--steps", "2", "--out", str(tmp_path), *NOTHING]
-    assert main([*argv, "--sweep", "cfg=1,4"]) == 0 and loaded == ["clip"]
-    sweep = json.loads((tmp_path / "sweep.json").read_text())
-    assert sweep["axis"] == "cfg" and [point["cfg"] for point in sweep["points"]] == [1, 4]
-    assert Image.open(tmp_path / "sweep.png").width > 500
-    for point in sweep["points"]:
-        assert main([*argv, "--cfg", str(point["cfg"])]) == 0
-        alone = json.loads((tmp_path / "metrics.json").read_text())
-        assert point["metrics"] == alone["metrics"] and point["protocol_sha256"] == alone["protocol_sha256"]
-    assert sweep["points"][0]["metrics"]["eval"]["cmmd"] != sweep["points"][1]["metrics"]["eval"]["cmmd"]
-    assert main([*argv, "--sweep", "steps=1,3"]) == 0
-    assert [point["steps"] for point in json.loads((tmp_path / "sweep.json").read_text())["points"]] == [1, 3]
+def test_an_image_is_painted_from_its_prompt_and_seed_alone(paint, painted_run):
+    """By the formula, and whatever the batch, the order and what else is asked for: so on any number of ranks."""
+    images = paint()
+    assert images.shape == (5, 3, 32, 32) and images.dtype == torch.uint8
+    text = T.TextEncoder(str(painted_run / "text"), max_tokens=40)
+    noise_of = lambda seed: torch.randn((3, 32, 32), generator=torch.Generator("cpu").manual_seed(seed))
+    noise = torch.stack([noise_of(seed) for seed in range(3, 8)])
+    x = T.sample(T.load_transformer(painted_run / "transformer"), noise, *text.encode(PROMPTS), *text.encode([""]),
+                 steps=3, cfg_scale=2.0, shift=2.0, predict="x")
+    near = lambda a, b: (a.int() - b.int()).abs().max() <= 1
+    assert near(images, ((x + 1) * 127.5).round().clamp(0, 255)) and images.float().std() > 10
+    assert near(paint(batch=2), images)
+    halves = [paint(prompts=PROMPTS[s], seeds=[3, 4, 5, 6, 7][s]) for s in (slice(0, 2), slice(2, 5))]
+    assert near(torch.cat(halves), images)
+    assert near(paint(prompts=PROMPTS[::-1], seeds=[7, 6, 5, 4, 3]).flip(0), images)
+    same_prompt, same_seed = paint(prompts=["a"] * 2, seeds=[1, 2]), paint(prompts=["a red ring", "a blue cross"],
+                                                                          seeds=[1, 1])
+    assert not near(*same_prompt) and not near(*same_seed)
 
 
-def test_checkpoints_are_judged_by_their_ema_and_the_last_is_the_final_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    tiny = ("--track micro --repa 0 --ema 0.99 --hidden 32 --heads 2 --depth 1 --batch 8 --samples 0 --sample-steps 2 --compile off "
-            "--compute fp32 --ema 0.5 --ema-every 1 --lr 0.01 --lr-adamw 0.01").split()
-    for stop in (["--stop-after", "3"], []):
-        assert train_prx.main([*tiny, "--steps", "6", *stop]) == 0
-    argv = ["logs/micro", "--n", "8", "--steps", "2", *NOTHING]
-    assert main([*argv, "--checkpoints", "all"]) == 0
-    first, last = json.loads((tmp_path / "logs/micro/sweep.json").read_text())["points"]
-    assert (first["step"], last["step"]) == (3, 6) and first["metrics"] != last["metrics"]
-    assert main(argv) == 0  # transformer/ holds the EMA
-    final = json.loads((tmp_path / "logs/micro/metrics.json").read_text())
-    assert final["metrics"]["eval"] == pytest.approx(last["metrics"]["eval"], rel=1e-6)
-    assert main([*argv, "--weights", "raw"]) == 0
-    raw = json.loads((tmp_path / "logs/micro/metrics.json").read_text())
-    assert raw["metrics"]["eval"]["cmmd"] != pytest.approx(final["metrics"]["eval"]["cmmd"], rel=1e-6)
-    assert raw["protocol"]["weights"] == "raw" and raw["protocol_sha256"] != final["protocol_sha256"]
-    (tmp_path / "logs/micro/checkpoint/step-00000003/rank-0.safetensors").write_bytes(b"damaged")
-    assert "step-00000003 cannot be read" in refused(capsys, *argv, "--checkpoints", "all")
+def test_a_request_chooses_steps_guidance_precision_size_and_weights(paint):
+    images = paint()
+    for change in (dict(steps=2), dict(cfg_scale=1.0), dict(precision="bf16"), dict(transformer="exports/a")):
+        assert not torch.equal(paint(**change), images), change
+    low = paint(precision="bf16")
+    assert (low.float() - images.float()).abs().mean() < 5
+    assert paint(height=24, width=48).shape == (5, 3, 24, 48)
 
 
-# Ranks
+def test_an_unknown_request_is_one_sentence(paint, tmp_path, capsys):
+    paint(code=2, sampler="heun")
+    assert "asks for sampler, which this script does not know" in capsys.readouterr().err
+    assert T.main(["--paint", str(tmp_path / "gone.json"), "--out", str(tmp_path / "x")]) == 2
+    assert "gone.json" in capsys.readouterr().err
+    assert T.main(["--paint", "a"]) == 2
+    assert "--paint REQUEST.json --out IMAGES.safetensors" in capsys.readouterr().err
 
-def test_the_result_does_not_depend_on_the_number_of_ranks(run, tmp_path):  # noqa: F811
-    results = []
-    for ranks in (1, 2, 4):
-        out = tmp_path / f"ranks-{ranks}"
-        argv = [str(run), "--n", "44", "--steps", "2", "--batch", "5", "--out", str(out)]
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]
-        if ranks == 1:
-            assert main(argv) == 0
-        else:
-            env = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(out / "cache")}
-            done = subprocess.run([*launch, eval_prx.__file__, *argv], capture_output=True, text=True, env=env)
-            assert done.returncode == 0, done.stderr[-3000:]
-            assert done.stdout.count("accuracy  ") == 1  # one rank speaks
-        results.append(json.loads((out / "metrics.json").read_text()))
-    one = results[0]
-    for many in results[1:]:
-        assert many["protocol_sha256"] == one["protocol_sha256"]
-        for column, values in one["metrics"].items():
-            assert many["metrics"][column] == pytest.approx(values, rel=1e-6, abs=1e-9)
-        assert many["intervals"]["eval"]["cmmd"] == pytest.approx(one["intervals"]["eval"]["cmmd"], rel=1e-6)
-    grids = [pixels(tmp_path / f"ranks-{ranks}" / "samples.png") for ranks in (1, 2, 4)]
-    assert (grids[0] == grids[1]).all() and (grids[0] == grids[2]).all()
+
+def test_a_runs_own_script_paints_from_anywhere(painted_run, paint, tmp_path):
+    expected = paint(prompts=PROMPTS[:2], seeds=[3, 4])
+    request = dict(format=1, prompts=PROMPTS[:2], seeds=[3, 4], steps=3, cfg_scale=2.0, device="cpu")
+    (tmp_path / "own.json").write_text(json.dumps(request))
+    done = shell(painted_run / "train_prx.py", "--paint", "own.json", "--out", "own.safetensors", cwd=tmp_path)
+    assert done.returncode == 0 and "painted 2 of 2" in done.stderr, done.stderr
+    assert torch.equal(load_file(tmp_path / "own.safetensors")["images"], expected)

@@ -1,12 +1,18 @@
 """Scenes are exact, the same everywhere, and can be read back."""
 
+import dataclasses
 import hashlib
+import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from data import scenes as S
+from data import shards
 
 COUNT = 1000
 
@@ -156,3 +162,150 @@ def test_captions_are_fixed_points_of_the_pipelines_text_cleaning():
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="split 'test' is unknown"):
         S.draw_scenes(range(3), "test")
+
+
+# ---- as shards -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["micro", "mini"])
+def track(request, tmp_path_factory):
+    """(name, folder, index) of a small track in several shards and chunks."""
+    out = tmp_path_factory.mktemp("shards") / request.param
+    n, each, chunk = (300, 128, 50) if request.param == "micro" else (40, 16, 10)
+    with pytest.MonkeyPatch.context() as patch:
+        small = dataclasses.replace(S.TRACKS[request.param], shard_size=each)
+        patch.setitem(S.TRACKS, request.param, small)
+        patch.setattr(S, "CHUNK", chunk)
+        return request.param, out, S.write_track(request.param, out, n=n, eval_n=20)
+
+
+def rows_of(out, index, split):
+    """Images, captions and hashes of a split, in order."""
+    images, texts, hashes = [], {"long": [], "short": []}, []
+    for entry in index["shards"]:
+        if entry["split"] == split:
+            tensors = shards.open_shard(out, entry)
+            images += [shards.read_image(tensors, i) for i in range(entry["count"])]
+            hashes += [row.numpy().tobytes() for row in tensors["hash"]]
+            for field in texts:
+                texts[field] += [shards.read_caption(tensors, i, field) for i in range(entry["count"])]
+    return torch.stack(images), texts, hashes
+
+
+def test_shards_hold_exactly_the_scenes_of_their_split(track):
+    name, out, index = track
+    what = S.TRACKS[name]
+    sizes = {"micro": [128, 128, 44, 20], "mini": [16, 16, 8, 16, 4]}[name]
+    assert [entry["count"] for entry in index["shards"]] == sizes and index == shards.read_index(out)
+    assert index["image"] == {"micro": "raw", "mini": "png"}[name] and index["captions"] == ["long", "short"]
+    for split, n in (("train", index["count"]), ("eval", 20)):
+        drawn = S.draw_scenes(range(n), split, what.difficulty, 0)
+        images, texts, hashes = rows_of(out, index, split)
+        assert torch.equal(images, S.render(drawn, what.resolution))
+        assert texts == {field: S.captions(drawn, field) for field in ("long", "short")}
+        assert hashes == [hashlib.sha256(image.numpy()).digest()[:16] for image in images]
+    assert not set(rows_of(out, index, "train")[2]) & set(rows_of(out, index, "eval")[2])
+    held = shards.HeldOut(str(out), what.resolution)
+    assert len(held) == 20 and held.image(0).shape == (3, what.resolution, what.resolution)
+    assert shards.verify(out) == len(sizes) + 2  # and the networks
+    assert (out / "text/tokenizer.json").exists() and (out / "teacher/config.json").exists()
+
+
+def test_a_second_call_changes_nothing_and_damage_is_mended(track, capsys, monkeypatch):
+    name, out, index = track
+    each, n = index["shards"][0]["count"], index["count"]
+    monkeypatch.setitem(S.TRACKS, name, dataclasses.replace(S.TRACKS[name], shard_size=each))
+    files = lambda: {p: (p.stat().st_mtime_ns, shards.file_sha256(p)) for p in out.rglob("*") if p.is_file()}
+    before = files()
+    assert S.write_track(name, out, n=n, eval_n=20) == index and files() == before
+    assert capsys.readouterr().out == f"{out} is there already, whole, protocol hash {index['scenes']['hash']}\n"
+    damaged = out / index["shards"][1]["file"]
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    assert S.write_track(name, out, n=n, eval_n=20) == index
+    assert {p: digest for p, (_, digest) in files().items()} == {p: digest for p, (_, digest) in before.items()}
+    (out / "index.json").unlink()  # as after a kill
+    assert S.write_track(name, out, n=n, eval_n=20) == index
+    wrong = index | {"scenes": index["scenes"] | {"hash": "0" * 16}}
+    shards.write_index(out, wrong)
+    with monkeypatch.context() as patch:  # while it is written again there is no index
+        patch.setattr(shards, "write_shard", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            S.write_track(name, out, n=n, eval_n=20)
+        assert not (out / "index.json").exists()
+    assert S.write_track(name, out, n=n, eval_n=20) == index
+    with pytest.raises(shards.UserError, match="holds other data; remove it or give another --out"):
+        S.write_track(name, out, n=n - 1, eval_n=20)
+
+
+def test_a_killed_write_leaves_no_index(tmp_path, monkeypatch):
+    write = shards.write_shard
+
+    def fail_at_the_last(path, *args):
+        if path.name.startswith("eval"):
+            raise OSError(28, "No space left on device")
+        return write(path, *args)
+    monkeypatch.setattr(shards, "write_shard", fail_at_the_last)
+    with pytest.raises(OSError):
+        S.write_track("micro", tmp_path, n=10, eval_n=4)
+    with pytest.raises(shards.UserError, match="holds no index.json"):
+        shards.read_index(tmp_path)
+
+
+def test_the_protocol_hash_changes_when_anything_does_and_not_with_the_files(tmp_path, monkeypatch):
+    def hashed(name, n=30, eval_n=8):
+        return S.write_track("micro", tmp_path / name, n=n, eval_n=eval_n)["scenes"]["hash"]
+    first = hashed("a")
+    assert hashed("b") == first
+    seen = {first, hashed("c", n=31), hashed("d", eval_n=9)}
+    with monkeypatch.context() as patch:  # other files, the same content
+        patch.setitem(S.TRACKS, "micro", dataclasses.replace(S.TRACKS["micro"], shard_size=7, image="png"))
+        patch.setattr(S, "CHUNK", 7)
+        assert hashed("e") == first
+    render, captions, networks, draw = S.render, S.captions, shards.network_hashes, S.draw_scenes
+    one_pixel = lambda *args: render(*args).index_fill_(3, torch.tensor([31]), 7)
+    swapped = lambda scenes, field: captions(scenes, field)[::-1]
+
+    def other_words(scenes, field):  # of the same length
+        texts = captions(scenes, field)
+        return [text.replace("a", "e") for text in texts] if field == "short" else texts
+
+    def other_borders(scenes, field):  # the same letters, cut elsewhere
+        first, second, *rest = captions(scenes, field)
+        return [first + second[0], second[1:], *rest]
+
+    def other_eval(indices, split, difficulty):
+        return draw([i + 1000 for i in indices] if split == "eval" else indices, split, difficulty)
+
+    for i, (target, name, value) in enumerate([
+            (S, "render", one_pixel), (S, "captions", other_words), (S, "captions", swapped),
+            (S, "captions", other_borders), (S, "draw_scenes", other_eval), (S, "VERSION", 99),
+            (shards, "network_hashes", lambda: networks() | {"text": "0"})]):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, value)
+            seen.add(hashed(f"f{i}"))
+    assert len(seen) == 10
+
+
+def test_two_processes_write_what_one_writes(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S, "CHUNK", 64)
+        one = S.write_track("micro", tmp_path / "one", n=1500, eval_n=64, processes=1)
+        two = S.write_track("micro", tmp_path / "two", n=1500, eval_n=64, processes=2)
+    assert one == two
+
+
+def test_the_command_writes_shards_and_sheets_and_says_what_is_wrong(tmp_path):
+    def run(*flags):
+        return subprocess.run([sys.executable, S.__file__, *flags], cwd=tmp_path, text=True, capture_output=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = run("--track", "mini", "--n", "5", "--eval-n", "3")
+    assert done.returncode == 0 and "protocol hash" in done.stdout, done.stderr
+    index = json.loads((tmp_path / "shards/mini/index.json").read_text())
+    assert (index["count"], index["eval_count"], index["scenes"]["track"]) == (5, 3, "mini")
+    assert run("--track", "mini", "--n", "5", "--eval-n", "3").stdout.startswith("shards/mini is there already")
+    done = run("--track", "micro", "--out", "shards/mini")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "holds other data" in done.stderr
+    assert run("--n", "0").returncode == 2
+    assert run("--track", "mini", "--sheet", "s.png").returncode == 0 and (tmp_path / "s.png").exists()

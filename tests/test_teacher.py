@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
-from data import train_teacher
+from data.networks import train_teacher
+from data.networks.train_teacher import (GRID, SIZE, make_network, make_pixels, patch_labels, patch_pixels,
+                                         patch_tokens, probe)
 from data.scenes import draw_scenes
-from data.train_teacher import GRID, SIZE, make_network, make_pixels, patch_labels, patch_pixels, patch_tokens, probe
-from eval_prx import NETWORKS
+from data.shards import NETWORKS
 
 FOLDER = NETWORKS / "teacher"
 

@@ -1,106 +1,122 @@
 """A run as a user starts it: it learns, stops, goes on bit for bit, runs on two ranks, and says what is wrong."""
 
+import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
-import sys
+import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, SCRIPT, TINY, losses, metrics, run, same, shell, start, torchrun, weights
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import train_prx as T
-from data.preflight import read_metrics
-from data.scenes import SceneData
-from data.settings import HELP
-
-SCRIPT = Path(T.__file__)
-TINY = ("--track micro --repa 0 --ema 0.99 --hidden 32 --heads 2 --depth 2 --batch 16 --samples 0 --sample-steps 2 --compile off "
-        "--compute fp32").split()
 
 
-def run(*flags, code=0):
-    assert T.main([*TINY, *map(str, flags)]) == code
+def kept(name, step, kind, rank=0):
+    """One kind of tensors of a checkpoint, by parameter name."""
+    state = load_file(f"logs/{name}/checkpoint/step-{step:08d}/rank-{rank}.safetensors")
+    return {k.split("/", 1)[1]: v for k, v in state.items() if k.startswith(kind + "/")}
 
 
-def shell(*args, **kw):
-    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=240, **kw)
-
-
-def weights(name):
-    return load_file(f"logs/{name}/transformer/diffusion_pytorch_model.safetensors")
-
-
-def metrics(name):
-    return read_metrics(Path("logs") / name)
-
-
-def losses(name):
-    return [x for record in metrics(name) for x in record.get("losses", [])]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def model_only(tensors):
+    return {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
 
 
 # --- what a run leaves
 
-def test_a_run_leaves_everything_that_the_readme_names(in_tmp):
+def test_a_run_leaves_everything_that_the_readme_names(shards):
     run("--steps", 4, "--name", "r", "--samples", 1)
     folder = Path("logs/r")
     from diffusers import PRXTransformer2DModel
 
-    assert PRXTransformer2DModel.from_pretrained(folder / "transformer").config.hidden_size == 32
+    for exported in ("transformer", "exports/step-00000003"):
+        assert PRXTransformer2DModel.from_pretrained(folder / exported).config.hidden_size == 32
+    assert [p.name for p in folder.glob("exports/*")] == ["step-00000003"]
     log = (folder / "log.txt").read_text()
-    assert T.SOURCE in log and T.hashlib.sha256(T.SOURCE.encode()).hexdigest() in log and '"torch"' in log
+    assert T.SOURCE in log and '"torch"' in log and (folder / "train_prx.py").read_text() == T.SOURCE
     assert len(losses("r")) == 4 and metrics("r")[-1]["event"] == "finished"
-    assert len(list((folder / "samples").glob("*.png"))) == 2 and (folder / "curve.png").stat().st_size > 1000
-    assert json.loads((folder / "config.json").read_text())["hidden"] == 32
+    assert sorted(p.name for p in folder.glob("samples/*")) == ["final.png", "step-00000003.png"]
+    assert json.loads((folder / "config.json").read_text())["config"]["hidden"] == 32
+    assert (folder / "text/model.safetensors").read_bytes() == Path("shards/micro/text/model.safetensors").read_bytes()
 
 
-def test_the_loss_falls(in_tmp):
+def test_the_facts_of_a_run_are_in_run_json(shards):
+    """What evaluation and records read; config.json is the script's own."""
+    facts = []
+    for flags in (["--stop-after", 2], []):
+        run("--steps", 4, "--name", "r", *flags)
+        facts.append(json.loads(Path("logs/r/run.json").read_text()))
+    stopped, done = facts
+    model = T.load_transformer("logs/r")
+    index = shards / "shards/micro/index.json"
+    wanted = dict(
+        format=1, name="r", track="micro", seed=0, steps=4, hours=0.0, script="train_prx.py",
+        source_sha256=hashlib.sha256(T.SOURCE.encode()).hexdigest(), resolution=32, captions="long", vae="none",
+        text="tiny", pixels=True, predict="x", shift=T.TRACKS["micro"][0].shift, cfg_scale=3.0, sample_steps=2,
+        parameters=sum(p.numel() for p in model.parameters()), world_size=1,
+        data=[dict(folder=str(index.parent.resolve()), sha256=hashlib.sha256(index.read_bytes()).hexdigest())])
+    assert {k: done[k] for k in wanted} == wanted and done["command"]  # the format is only ever extended
+    assert stopped["finished"] is None and done["finished"]["step"] == 4 and done["finished"]["samples"] == 64
+    assert done["finished"]["elapsed"] == metrics("r")[-1]["elapsed"] and done["machine"]["ranks"] == 1
+
+
+def test_the_loss_falls(shards):
     run("--steps", 60, "--name", "r", "--lr", 0.01, "--lr-adamw", 0.01)
     x = losses("r")
     assert np.mean(x[-10:]) < 0.6 * np.mean(x[:5])
 
 
-def test_a_run_by_hours_ends_in_its_budget(in_tmp):
-    """Seconds count from process start, so this test's own process is started for it."""
-    start = time.time()
-    done = shell(SCRIPT, *TINY, "--hours", 30 / 3600, "--name", "r")
-    assert done.returncode == 0, done.stderr
+def test_a_run_by_hours_ends_in_its_budget(shards, monkeypatch):
+    """On a clock that goes on by one second whenever it is read, so that no slow moment of this machine counts."""
+    now = iter(range(1000))
+    monkeypatch.setattr(T, "Clock", lambda before=0.0: lambda: before + next(now))
+    run("--hours", 20 / 3600, "--name", "r")
     finished = metrics("r")[-1]
-    assert finished["elapsed"] <= 30.5 and finished["elapsed"] <= time.time() - start and finished["step"] > 3
+    assert 15 < finished["step"] < 20 and finished["elapsed"] <= 20
+    progress = [p for r in metrics("r") for p in r.get("progresses", [])]
+    assert progress == sorted(progress) and progress[-1] > 0.9
 
 
-def test_the_exported_weights_are_the_ema_and_without_one_the_masters(in_tmp):
+def test_the_clock_runs_from_process_start(shards):
+    began = time.time()
+    done = shell(SCRIPT, *TINY, "--hours", 12 / 3600, "--name", "r")
+    assert done.returncode == 0, done.stderr
+    assert 10.9 < metrics("r")[-1]["elapsed"] <= time.time() - began + 0.02  # a tick of the process table
+    done = shell("-c", f"import sys, time; time.sleep(2); sys.path.insert(0, {str(ROOT)!r}); import train_prx as T; "
+                       "print(T.Clock()() > 2, T.Clock(100.0)() > 102)")
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+def test_the_exported_weights_are_the_ema_and_without_one_the_masters(shards, monkeypatch):
+    monkeypatch.setattr(T, "EMA_EVERY", 1)
     run("--steps", 5, "--name", "plain", "--ema", 0)
-    run("--steps", 5, "--name", "ema", "--ema", 0.99, "--ema-every", 1)
-
-    def kept(name, kind):
-        state = load_file(f"logs/{name}/checkpoint/step-00000005/rank-0.safetensors")
-        return {k.split("/", 1)[1]: v for k, v in state.items() if k.startswith(kind + "/")}
-
-    assert same(weights("plain"), kept("plain", "master")) and same(weights("ema"), kept("ema", "ema"))
-    assert same(kept("plain", "master"), kept("ema", "master")) and not same(weights("plain"), weights("ema"))
+    run("--steps", 5, "--name", "ema", "--ema", 0.99)
+    assert same(weights("plain"), model_only(kept("plain", 5, "master")))
+    assert same(weights("ema"), model_only(kept("ema", 5, "ema")))
+    assert same(kept("plain", 5, "master"), kept("ema", 5, "master")) and not same(weights("plain"), weights("ema"))
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(in_tmp):
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(shards):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run("--steps", 4, "--name", name, "--seed", seed)
     assert same(weights("a"), weights("b")) and not same(weights("a"), weights("c"))
 
 
-def test_bf16_compute_follows_an_all_fp32_run(in_tmp):
+def test_bf16_compute_follows_an_all_fp32_run(shards):
     flags = ["--steps", 40]
     run(*flags, "--name", "fp32")
-    assert T.main([*TINY[:-2], "--compute", "bf16", *map(str, flags), "--name", "bf16"]) == 0
+    run(*flags, "--name", "bf16", "--compute", "bf16")
     full, low = np.array(losses("fp32")), np.array(losses("bf16"))
     assert not np.array_equal(full, low)
     assert np.abs(low / full - 1).mean() < 0.05 and abs(low.mean() / full.mean() - 1) < 0.02
@@ -108,42 +124,87 @@ def test_bf16_compute_follows_an_all_fp32_run(in_tmp):
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile on CPU needs a C++ compiler")
-def test_compiled_blocks_give_the_same_losses(in_tmp):
-    run("--steps", 3, "--name", "eager")
-    run("--steps", 3, "--name", "compiled", "--compile", "on")
+def test_compiled_blocks_give_the_same_losses_from_a_cache_of_the_runs_own(shards):
+    """A process of its own: the cache's folder is read once. It begins empty, so a second run is as cold as the first."""
+    flags = ["--steps", 3, "--depth", 1, "--compile"]
+    run(*flags, "off", "--name", "eager")
+    Path("logs/compiled/cache").mkdir(parents=True)
+    Path("logs/compiled/cache/old").touch()  # of a start that came to nothing
+    done = shell(SCRIPT, *TINY, *flags, "on", "--name", "compiled")
+    assert done.returncode == 0 and "compile cache: 0 files at the start" in done.stdout, done.stderr
+    assert "does not work here" not in done.stdout and list(Path("logs/compiled/cache").rglob("*.so"))
     assert np.allclose(losses("eager"), losses("compiled"), rtol=1e-4)
-    torch.compiler.reset()
 
 
-def test_without_a_compiler_a_run_goes_on_and_says_so(in_tmp):
-    environment = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(in_tmp / "cache")}
-    done = shell(SCRIPT, *TINY, "--steps", 2, "--name", "r", "--compile", "on", env=environment)
+def test_without_a_compiler_a_run_goes_on_and_says_so(shards):
+    environment = os.environ | {"CXX": "no-such-compiler"}
+    done = shell(SCRIPT, *TINY, "--steps", 2, "--depth", 1, "--name", "r", "--compile", "on", env=environment)
     assert done.returncode == 0, done.stderr
     assert "torch.compile does not work here, so the blocks run uncompiled" in done.stdout and "no-such" in done.stdout
 
 
+# --- one step
+
+def test_losses_are_sorted_by_their_noise_level(monkeypatch):
+    """Bin i holds the samples of times i / 10 to (i + 1) / 10: here each sample's loss is its time."""
+    c = replace(T.TRACKS["micro"][0], repa=0.0, accumulate=2)
+    t = torch.tensor([0.05, 0.11, 0.19, 0.31, 0.55, 0.95, 0.999])
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(T, "flow_matching_loss", lambda net, x, eps, t, *rest: (
+        net(t[:, None])[:, 0], t, None, []))
+    batch = T.Batch(torch.zeros(7, 3, 8, 8, dtype=torch.uint8), t, torch.zeros(7, 4, 5), torch.ones(7, 4).bool())
+    loss, by_time = T.training_step(torch.nn.ModuleDict(dict(model=model)), T.Frozen(), batch, c, False)
+    assert loss.item() == pytest.approx(t.mean().item() / 2)  # one of two micro-batches
+    assert by_time[1].tolist() == [1, 2, 0, 1, 0, 1, 0, 0, 0, 2]
+    assert torch.allclose(by_time[0], torch.tensor([0.05, 0.30, 0, 0.31, 0, 0.55, 0, 0, 0, 1.949]))
+    assert model.weight.grad is not None
+
+
+def test_the_heartbeat_writes_the_mean_loss_of_each_noise_level(in_tmp):
+    Path("r").mkdir()
+    log = T.Log(Path("r"), T.World())
+    heart = T.Heartbeat(log, T.World(), 0.0)
+    for scale in (1.0, 3.0):
+        sums, counts = torch.zeros(10), torch.zeros(10)
+        sums[2], counts[2], sums[9], counts[9] = 4 * scale, 2, scale, 1
+        heart.add(torch.tensor(scale), torch.stack([sums, counts]), torch.tensor(1.0), 0.5)
+    heart.beat(2.0, 8, 0.0, step=2)
+    [record] = T.read_metrics(Path("r"))
+    assert record["losses"] == [1.0, 3.0] and record["loss"] == 2.0 and record["images_per_s"] == 8
+    assert record["loss_by_time"] == [0, 0, 4.0, 0, 0, 0, 0, 0, 0, 2.0]
+
+
 # --- stop and resume
 
-@pytest.mark.parametrize("recipe", ["default", "baseline"])
-def test_resume_is_bit_identical(in_tmp, recipe):
-    flags = ["--steps", 8, "--recipe", recipe, "--captions", "mix:0.5", "--ema-every", 2]
+@pytest.mark.parametrize("flags", [
+    [], ["--optimizer", "adamw", "--accumulate", "2", "--weights", "bf16"],
+    ["--repa", "4", "--repa-layer", "1", "--repa-until", "0.5", "--tread", "0.5", "--tread-blocks", "1-1"]],
+    ids=["default", "adamw", "repa"])
+def test_resume_is_bit_identical(shards, monkeypatch, flags):
+    """Three processes' worth; with REPA the last begins after its end, without its teacher."""
+    monkeypatch.setattr(T, "EMA_EVERY", 2)
+    flags = ["--steps", 8, "--captions", "mix:0.5", *flags]
     run(*flags, "--name", "whole")
     run(*flags, "--name", "cut", "--stop-after", 3)
     assert not Path("logs/cut/transformer").exists()
-    run(*flags, "--name", "cut", "--stop-after", 5)
+    run(*flags, "--name", "cut", "--stop-after", 6)
     run(*flags, "--name", "cut")
     assert same(weights("whole"), weights("cut")) and losses("whole") == losses("cut")
     assert sum(r.get("event") == "resume" for r in metrics("cut")) == 2
+    for kind in ("master", "ema", "exp_avg", "momentum"):
+        ours, theirs = (model_only(kept(name, 8, kind)) for name in ("whole", "cut"))
+        assert same(ours, theirs) and (ours or kind == "momentum")
 
 
-def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(in_tmp):
-    flags = [*TINY, "--steps", "100000", "--name", "cut"]
-    process = subprocess.Popen([sys.executable, SCRIPT, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not read_metrics(Path("logs/cut")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.2)
+def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(shards):
+    process = start("--steps", "100000", "--name", "cut")
+    while not metrics("cut"):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "with a checkpoint in logs/cut; the same command goes on from there" in said
     stopped = T.find_checkpoint(Path("logs/cut"))[0]
     step = int(stopped.name[5:])
     before = metrics("cut")[-1]
@@ -152,7 +213,7 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(in_tmp):
     assert len(losses("cut")) == step + 2 and metrics("cut")[-1]["elapsed"] > before["elapsed"]
 
 
-def test_a_run_by_hours_goes_on_from_the_same_progress(in_tmp):
+def test_a_run_by_hours_goes_on_from_the_same_progress(shards):
     run("--hours", 1e3, "--name", "r", "--stop-after", 3)
     before = metrics("r")[-1]["elapsed"]
     run("--hours", 1e3, "--name", "r", "--stop-after", 4)
@@ -164,7 +225,7 @@ def test_a_run_by_hours_goes_on_from_the_same_progress(in_tmp):
     assert state["first_progress"] == stopped["progresses"][0]
 
 
-def test_another_run_can_be_gone_on_from_and_then_stands_alone(in_tmp):
+def test_another_run_can_be_gone_on_from_and_then_stands_alone(shards):
     run("--steps", 6, "--name", "whole")
     run("--steps", 6, "--name", "a", "--stop-after", 2)
     run("--steps", 6, "--name", "b", "--resume", "logs/a", "--stop-after", 4)
@@ -172,49 +233,54 @@ def test_another_run_can_be_gone_on_from_and_then_stands_alone(in_tmp):
     assert losses("b") == losses("whole")[2:] and same(weights("whole"), weights("b"))
 
 
+def test_a_run_begins_at_given_weights(shards, capsys):
+    run("--steps", 3, "--name", "a")
+    run("--steps", 2, "--name", "b", "--init", "logs/a", "--lr", 1e-12, "--lr-adamw", 1e-12)
+    assert all(torch.allclose(v, weights("b")[k], atol=1e-6) for k, v in weights("a").items())
+    run("--steps", 2, "--name", "c", "--init", "logs/a", "--depth", 3, code=2)
+    assert "--init logs/a has" in capsys.readouterr().err
+
+
 def test_stages_change_their_knobs_at_their_share_and_resume_inside_one(in_tmp, monkeypatch):
+    from test_shards import write_shards
+
+    write_shards(in_tmp / "d", ((40, 32, 32, "train"), (40, 16, 16, "train", 16)))
     stages = [T.Stage("a", 0.5), T.Stage("b", 0.5, dict(resolution=16, batch=8, captions="short", shift=3.0, lr=1e-3))]
     c = T.TRACKS["micro"][0]
     monkeypatch.setitem(T.TRACKS, "micro", (c, stages))
-    seen, real, step = [], T.host_batches, T.MuonAdamW.step
+    seen, rates, real, step = [], [], T.training_step, T.MuonAdamW.step
 
-    def spy(data, c, *rest):
-        for batch in real(data, c, *rest):
-            seen.append((*batch[0].shape, c.shift))
-            yield batch
+    def spy(nets, frozen, batch, c, align):
+        seen.append((*batch.x.shape, c.shift))
+        return real(nets, frozen, batch, c, align)
 
-    rates = []
-    monkeypatch.setattr(T, "host_batches", spy)
-    monkeypatch.setattr(T.MuonAdamW, "step", lambda self, *a, **k: (rates.append(self.config.lr), step(self, *a, **k))[1])
+    def warm_up(r, warm=T.warm_up):
+        told = warm(r)
+        seen.clear(), rates.clear()
+        return told
+
+    monkeypatch.setattr(T, "training_step", spy)
+    monkeypatch.setattr(T, "warm_up", warm_up)
+    monkeypatch.setattr(T.MuonAdamW, "step", lambda self, *a: (rates.append(self.config.lr), step(self, *a))[1])
     flags = [f for f in TINY if f not in ("--batch", "16")]
     for name, stops in (("whole", [0]), ("cut", [3, 7, 0])):
+        told = [], []
         for stop in stops:
-            assert T.main([*flags, "--steps", "10", "--name", name, "--stop-after", str(stop)]) == 0
-        assert seen == [(c.batch, 3, 32, 32, 1.0)] * 5 + [(8, 3, 16, 16, 3.0)] * 5
-        assert rates == [c.lr] * 5 + [1e-3] * 5
-        seen.clear(), rates.clear()
+            assert T.main([*flags, "--data", "d", "--steps", "10", "--name", name, "--stop-after", str(stop)]) == 0
+            told[0].extend(seen), told[1].extend(rates)
+        assert told[0] == [(c.batch, 3, 32, 32, c.shift)] * 5 + [(8, 3, 16, 16, 3.0)] * 5
+        assert told[1] == [c.lr] * 5 + [1e-3] * 5
     assert same(weights("whole"), weights("cut")) and metrics("whole")[-1]["samples"] == 5 * c.batch + 5 * 8
 
 
 def test_the_rate_warms_up_stays_and_decays():
-    c = T.dataclasses.replace(T.Config(), warmup=0.1, decay_from=0.6)
+    c = replace(T.Config(), warmup=0.1, decay_from=0.6)
     share = [T.lr_share(p, 0.05, c) for p in (0.05, 0.10, 0.15, 0.5, 0.6, 0.8, 1.0)]
     assert np.allclose(share, [0.01, 0.51, 1.0, 1.0, 1.0, 0.5, 0.0])
-    assert T.lr_share(0.0, 0.0, T.dataclasses.replace(c, warmup=0.0)) == T.lr_share(
-        0.99, 0.0, T.dataclasses.replace(c, decay_from=1.0)) == 1.0
+    assert T.lr_share(0.0, 0.0, replace(c, warmup=0.0)) == T.lr_share(0.99, 0.0, replace(c, decay_from=1.0)) == 1.0
 
 
-def test_a_broken_checkpoint_is_passed_over_with_a_sentence(in_tmp, capsys):
-    run("--steps", 8, "--name", "cut", "--stop-after", 3)
-    run("--steps", 8, "--name", "cut", "--stop-after", 5)
-    newest = Path("logs/cut/checkpoint/step-00000005/rank-0.safetensors")
-    newest.write_bytes(newest.read_bytes()[:1000])
-    run("--steps", 8, "--name", "cut", "--stop-after", 6)
-    out = capsys.readouterr().out
-    assert "checkpoint step-00000005 is passed over" in out and "resumed from logs/cut/checkpoint/step-00000003" in out
-
-
-def test_a_failed_start_leaves_nothing_that_a_later_run_believes(in_tmp, capsys):
+def test_a_failed_start_leaves_nothing_that_a_later_run_believes(shards):
     run("--steps", 8, "--name", "r", "--captions", "short", "--text", "/nowhere", code=2)
     assert not Path("logs/r").exists()
     Path("logs/r").mkdir(parents=True)
@@ -222,93 +288,74 @@ def test_a_failed_start_leaves_nothing_that_a_later_run_believes(in_tmp, capsys)
     Path("logs/r/metrics.jsonl").write_text('{"elapsed": 1e9}\n{"elapsed": 2')
     run("--steps", 3, "--name", "r")
     assert max(r["elapsed"] for r in metrics("r")) < 1e9
-    assert json.loads(Path("logs/r/config.json").read_text())["steps"] == 3
+    assert json.loads(Path("logs/r/config.json").read_text())["config"]["steps"] == 3
     run("--steps", 4, "--name", "r", "--resume", "never", "--data", "typo", code=2)
     assert weights("r")
 
 
-def test_damaged_files_of_a_run_are_one_sentence_or_passed_over(in_tmp, capsys):
+def test_damaged_files_of_a_run_are_one_sentence_or_passed_over(shards, capsys):
     run("--steps", 8, "--name", "r", "--stop-after", 2)
     with open("logs/r/metrics.jsonl", "a") as file:
         file.write('{"elapsed": 3, "losses": [1.')
     run("--steps", 8, "--name", "r")
-    assert len([r for r in read_metrics(Path("logs/r")) if r.get("losses")]) == 2
+    assert len([r for r in metrics("r") if r.get("losses")]) == 2
     run("--steps", 8, "--name", "s", "--stop-after", 2)
-    Path("logs/s/config.json").write_text("{")
-    run("--steps", 8, "--name", "s", code=2)
-    assert "logs/s/config.json cannot be read" in capsys.readouterr().err
+    for content in ("{", "[]", '{"config": 3, "stages": []}'):
+        Path("logs/s/config.json").write_text(content)
+        run("--steps", 8, "--name", "s", code=2)
+        err = capsys.readouterr().err
+        assert "logs/s/config.json cannot be read" in err and err.count("\n") == 1
 
 
-def test_two_checkpoints_are_kept(in_tmp):
+def test_two_checkpoints_are_kept(shards):
     for k in (2, 3, 4):
         run("--steps", 8, "--name", "r", "--stop-after", k)
     assert [p.name for p in sorted(Path("logs/r/checkpoint").iterdir())] == ["step-00000003", "step-00000004"]
 
 
-def test_a_finished_run_is_left_alone_unless_told(in_tmp, capsys):
+def test_a_finished_run_is_left_alone_unless_told_and_then_moved_aside(shards, capsys):
     run("--steps", 3, "--name", "r")
-    first = Path("logs/r/log.txt").read_text()
+    first, trained = Path("logs/r/log.txt").read_text(), weights("r")
     run("--steps", 3, "--name", "r")
     assert "holds a finished run" in capsys.readouterr().out and Path("logs/r/log.txt").read_text() == first
-    run("--steps", 3, "--name", "r", "--resume", "never", "--seed", 1)
-    assert Path("logs/r/log.txt").read_text() != first
+    for old in ("r.old1", "r.old2"):
+        before = weights("r")
+        run("--steps", 3, "--name", "r", "--resume", "never", "--seed", 1)
+        assert same(weights(old), before) and not same(weights("r"), trained)
+    assert Path("logs/r.old1/log.txt").read_text() == first and same(weights("r.old1"), trained)
+    assert len(losses("r")) == 3  # nothing of the old run is taken for the new one's
 
 
 # --- ranks
 
-def torchrun(n, *flags):
-    done = shell("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", SCRIPT, *TINY, *flags,
-                 env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def test_two_ranks_follow_one_and_hand_over_to_one(in_tmp):
-    """The same global batch: losses and weights equal up to summation order; one rank goes on from two's checkpoint."""
-    flags = ["--steps", 12]
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_follow_one_and_hand_over_to_one(shards):
+    """The same global batch: losses and weights equal up to summation order; one rank goes on from two's checkpoint,
+    which was written after the end of REPA."""
+    flags = ["--steps", 12, "--repa", 4, "--repa-layer", 1, "--repa-until", 0.4]
     run(*flags, "--name", "one")
     run(*flags, "--name", "micro", "--accumulate", 4)
-    torchrun(2, *flags, "--name", "two")
-    torchrun(2, *flags, "--name", "handed", "--stop-after", 6)
+    for name, more in (("two", []), ("handed", ["--stop-after", 6])):
+        done = shell(*torchrun(2), SCRIPT, *TINY, *flags, "--name", name, *more)
+        assert done.returncode == 0, done.stderr[-3000:]
     assert len(list(Path("logs/handed/checkpoint/step-00000006").glob("rank-*.safetensors"))) == 2
+    assert json.loads(Path("logs/two/run.json").read_text())["world_size"] == 2
     run(*flags, "--name", "handed")
     for name in ("two", "handed", "micro"):
         assert np.allclose(losses("one"), losses(name), rtol=1e-4), name
         assert all(torch.allclose(a, weights(name)[k], atol=2e-3) for k, a in weights("one").items()), name
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused(in_tmp, capsys, monkeypatch):
-    monkeypatch.setattr(T, "setup_world", lambda: T.World(size=3))
+def test_a_batch_that_the_ranks_cannot_share_is_refused(shards, capsys, monkeypatch):
+    monkeypatch.setattr(T, "connect", lambda: T.World(size=3))
     run("--steps", 2, code=2)
     assert "--batch 16 over --accumulate 1 is not a multiple of 3 ranks" in capsys.readouterr().err
 
 
 # --- data
 
-@pytest.mark.parametrize("depth", [0, 2])
-def test_prefetch_keeps_the_order_and_hands_over_exceptions(depth):
-    def items():
-        yield from range(5)
-        raise T.UserError("shard 7 is broken")
-
-    loader = T.Prefetch(items(), depth)
-    assert [next(loader) for _ in range(5)] == list(range(5))
-    with pytest.raises(T.UserError, match="shard 7"):
-        next(loader)
-
-
-def test_scene_captions_follow_the_mix():
-    c = T.dataclasses.replace(T.TRACKS["micro"][0], captions="mix:0.25", batch=400)
-    texts = next(SceneData(c).batches(0, slice(0, 400)))[1]
-    assert 0.18 < sum("background" not in t and "picture" not in t and " in " not in t and " the " not in t
-                      for t in texts) / 400 < 0.32
-
-
 def test_images_from_a_folder_and_from_a_tar_train_and_sample(in_tmp):
     """The README's path for one's own images, by its commands."""
-    import io
-    import tarfile
-
     rng = np.random.default_rng(0)
     Path("photos").mkdir()
     with open("photos/metadata.jsonl", "w") as meta, tarfile.open("photos.tar", "w") as tar:
@@ -323,42 +370,68 @@ def test_images_from_a_folder_and_from_a_tar_train_and_sample(in_tmp):
                 tar.addfile(info, io.BytesIO(content))
     for source in ("photos", "photos.tar"):
         out = f"shards-{source}"
-        done = shell(T.ROOT / "data/prepare.py", source, "--out", out, "--size", 32)
+        done = shell(ROOT / "data/prepare.py", source, "--out", out, "--size", 32)
         assert done.returncode == 0, done.stderr
-        run("--data", out, "--steps", 50, "--name", out)
-        assert len(losses(out)) == 50 and Path(f"logs/{out}/samples/final.png").exists()
+        run("--data", out, "--steps", 20, "--name", out)
+        assert len(losses(out)) == 20 and Path(f"logs/{out}/samples/final.png").exists()
+    run("--data", out, "--steps", 2)
+    assert Path(f"logs/micro-{out}").exists()  # the default name says whose images
 
 
 # --- errors: one sentence, exit code 2
 
+MICRO = ["--track", "micro"]
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--bogus", "1"], "unrecognized arguments: --bogus 1"),
-    (["--track", "nano"], "--track nano is unknown; use one of 24h, mini, micro"),
-    (["--recipe", "magic"], "--recipe magic is unknown; use one of default"),
+    (["--track", "nano"], "argument --track: invalid choice: 'nano' (choose from "),
+    (["--ste", "5"], "unrecognized arguments: --ste 5"),
     (["--steps", "many"], "invalid int value: 'many'"),
-    (["--track", "micro", "--data", "nowhere"], "--data nowhere holds no index.json"),
-    (["--track", "micro", "--steps", "5", "--hours", "1"], "--steps and --hours both give the length"),
-    (["--track", "micro", "--hours", "0"], "the run has no length"),
-    (["--track", "micro", "--hidden", "100", "--heads", "3"], "--hidden 100 over --heads 3"),
-    (["--track", "micro", "--resolution", "36"], "--resolution 36 is not a multiple of --patch 8"),
-    (["--track", "micro", "--batch", "10", "--accumulate", "3"], "--batch 10 cannot be cut into --accumulate 3"),
-    (["--track", "micro", "--warmup", "0.8", "--decay-from", "0.5"], "--warmup 0.8 ends after --decay-from 0.5"),
-    (["--track", "micro", "--captions", "mix:2"], "--captions mix:2 is unknown"),
-    (["--track", "micro", "--predict", "eps"], "--predict eps is unknown; use one of x, v"),
-    (["--track", "micro", "--name", "../up"], "--name '../up' must be a plain folder name"),
-    (["--track", "micro", "--ema", "1"], "--ema 1.0 must be at least 0 and less than 1"),
-    (["--track", "micro", "--beta2", "1"], "--beta2 1.0 must be at least 0 and less than 1"),
-    (["--track", "micro", "--seed", "-1"], "--seed -1 must lie in 0 to"),
-    (["--track", "micro", "--text-tokens", "50"], "--text-tokens 50 must be a multiple of --text-pad 40"),
-    (["--track", "micro", "--lr", "-1"], "--lr -1.0 must be positive"),
-    (["--track", "micro", "--text", "/nowhere/at/all"], "--text /nowhere/at/all: /nowhere/at/all is neither a local folder"),
-    (["--track", "micro", "--resume", "nothing-here"], "--resume nothing-here holds no complete checkpoint"),
+    ([*MICRO, "--steps", "5", "--hours", "1"], "--steps and --hours both give the length"),
+    ([*MICRO, "--steps", "-5"], "--steps -5 must not be negative"),
+    ([*MICRO, "--hidden", "100", "--heads", "3"], "--hidden 100 over --heads 3"),
+    ([*MICRO, "--batch", "10", "--accumulate", "3"], "--batch 10 cannot be cut into --accumulate 3"),
+    ([*MICRO, "--warmup", "0.8", "--decay-from", "0.5"], "--warmup 0.8 ends after --decay-from 0.5"),
+    ([*MICRO, "--captions", "mix:2"], "--captions mix:2 is unknown"),
+    ([*MICRO, "--predict", "eps"], "--predict: invalid choice: 'eps'"),
+    ([*MICRO, "--name", "../up"], "--name '../up' must be a plain folder name"),
+    ([*MICRO, "--name", ".."], "--name '..' must be a plain folder name"),
+    ([*MICRO, "--ema", "1"], "--ema 1.0 must be at least 0 and less than 1"),
+    ([*MICRO, "--ema", "nan"], "--ema nan must be at least 0 and less than 1"),
+    ([*MICRO, "--lr", "inf"], "--lr inf must be positive"),
+    ([*MICRO, "--seed", "-1"], "--seed -1 must lie in 0 to"),
+    ([*MICRO, "--lr", "-1"], "--lr -1.0 must be positive"),
+    ([*MICRO, "--tread-blocks", "2"], "--tread-blocks 2 must name a first and a last block"),
+    ([*MICRO, "--tread", "0.5", "--tread-blocks", "2-9"], "--tread-blocks 2-9 must lie in 0 to 5"),
+    ([*MICRO, "--repa-layer", "6"], "--repa-layer 6 must be one of 0 to 5"),
+    ([*MICRO, "--resume", "nothing-here"], "--resume nothing-here holds no complete checkpoint"),
+    (["--paint", "request.json"], "painting takes --paint REQUEST.json --out IMAGES.safetensors"),
 ])
 def test_bad_input_is_one_sentence_and_exit_code_2(in_tmp, capsys, monkeypatch, flags, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert T.main(flags) == 2
     err = capsys.readouterr().err
-    assert says in err and err.startswith("train_prx: ") and err.count("\n") == 1
+    assert says in err and err.startswith("train_prx: ") and not Path("logs").exists()
+    assert err.count("\n") == 1
+
+
+def test_settings_of_one_run_are_said_all_at_once(in_tmp, capsys):
+    assert T.main([*MICRO, "--batch", "0", "--heads", "0", "--tread-blocks", "x"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 3
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--resolution", "36"], "holds images of 32 px, and this stage trains at --resolution 36"),
+    (["--patch", "12"], "images of 32 x 32 px cannot be cut into tokens of 12 px"),
+    (["--text", "/nowhere/at/all"], "--text /nowhere/at/all cannot be loaded ("),
+    (["--repa", "1", "--repa-layer", "1", "--repa-teacher", "/nowhere/at/all"], "the teacher /nowhere/at/all cannot be"),
+    (["--init", "/nowhere/at/all"], "/nowhere/at/all as a PRX transformer in diffusers format cannot be loaded"),
+])
+def test_what_does_not_fit_the_data_is_one_sentence_and_exit_code_2(shards, capsys, flags, says):
+    run("--steps", 2, *flags, code=2)
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
 
 
 def test_a_process_exits_with_2(in_tmp):
@@ -366,53 +439,41 @@ def test_a_process_exits_with_2(in_tmp):
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
-def test_resuming_with_other_settings_is_refused_with_both_values(in_tmp, capsys):
+def test_resuming_with_other_settings_is_refused_with_both_values(shards, capsys):
     run("--steps", 8, "--name", "r", "--stop-after", 2)
     run("--steps", 8, "--name", "r", "--lr", 0.5, code=2)
     assert f"--lr was {T.TRACKS['micro'][0].lr}, now 0.5" in capsys.readouterr().err
 
 
-def test_ten_non_finite_steps_stop_the_run_with_a_checkpoint(in_tmp, capsys, monkeypatch):
+def test_ten_non_finite_steps_stop_the_run_with_a_checkpoint(shards, capsys, monkeypatch):
     real, calls = T.flow_matching_loss, []
 
     def broken(*a):
         calls.append(1)
         loss, *rest = real(*a)
-        return loss * (float("nan") if len(calls) > 4 else 1.0), *rest
+        return loss * (float("nan") if len(calls) > 5 else 1.0), *rest  # the first one is the warm-up's
 
     monkeypatch.setattr(T, "flow_matching_loss", broken)
+    monkeypatch.setattr(T.Heartbeat, "EVERY", 0.0)
     run("--steps", 20, "--name", "r", code=1)
-    assert "NaN" not in Path("logs/r/metrics.jsonl").read_text()
-    assert "10 steps in a row had a non-finite gradient" in capsys.readouterr().err
+    assert "NaN" not in Path("logs/r/metrics.jsonl").read_text() and len(losses("r")) == 14
+    assert "10 steps in a row had a non-finite gradient; step 14 is kept" in capsys.readouterr().err
     state = load_file(next(Path("logs/r/checkpoint").glob("step-*")) / "rank-0.safetensors")
     assert all(v.isfinite().all() for v in state.values())
 
 
-# --- the script itself
-
-def test_importing_the_script_starts_nothing(in_tmp):
-    done = shell("-c", f"import sys; sys.path.insert(0, {str(T.ROOT)!r}); import train_prx, threading, os; "
-                       "assert threading.active_count() == 1 and not os.listdir('.'); "
-                       "assert not {'diffusers', 'transformers', 'matplotlib'} & set(sys.modules)")
-    assert done.returncode == 0, done.stderr
-
-
-def test_every_knob_has_its_help_and_the_script_stays_readable():
-    assert set(HELP) == {f.name for f in T.dataclasses.fields(T.Config)}
-    lines = T.SOURCE.splitlines()
-    assert len(lines) <= 1650 and max(map(len, lines)) <= 120
-
+# --- the repository
 
 def test_the_repository_stays_small():
     """No file over 2 MiB, all of them under 40 MiB (what git tracks; without git, what lies there)."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=T.ROOT, capture_output=True, text=True)
-    files = [T.ROOT / f for f in listed.stdout.split("\0") if f] if listed.returncode == 0 else [
-        p for p in T.ROOT.rglob("*") if p.is_file() and not {".venv", "logs", ".git"} & set(p.parts)]
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    files = [ROOT / f for f in listed.stdout.split("\0") if f] if listed.returncode == 0 else [
+        p for p in ROOT.rglob("*") if p.is_file() and not {".venv", "logs", "shards", ".git"} & set(p.parts)]
     sizes = {f: f.stat().st_size for f in files if f.exists()}
     assert max(sizes.values()) <= 2 << 20 and sum(sizes.values()) <= 40 << 20
 
 
 def test_no_pickle_anywhere():
-    for path in [T.ROOT / "train_prx.py", T.ROOT / "eval_prx.py", *(T.ROOT / "data").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py"), *(ROOT / "records").glob("*.py")]:
         text = path.read_text()
-        assert "torch.load(" not in text and "torch.save(" not in text and "import pickle" not in text, path
+        assert not re.search(r"(?<!safetensors\.)torch\.(load|save)\(|^ *(import|from) pickle", text, re.M), path

@@ -1,7 +1,7 @@
 """Train the small feature networks behind the offline FID, CMMD and DINO-MMD, on scenes.
 
-    python data/train_features.py                  # all three, about 20 minutes on one core
-    python data/train_features.py clip --steps 300 --out networks
+    python data/networks/train_features.py                  # all three, about 20 minutes on one core
+    python data/networks/train_features.py clip --steps 300 --out networks
 
 Each goes to data/networks/<name>/ in Hugging Face format, with train.log: configuration, losses, probe accuracies.
 
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import scenes  # noqa: E402
 from eval_prx import NETWORKS, preprocess  # noqa: E402
 

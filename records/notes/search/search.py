@@ -1,3 +1,4 @@
+# Needs the tree of commit 58b37c5 (git worktree add ../then 58b37c5), where it lay in records/; kept as it ran.
 """The search behind the micro track's settings: as many trials for the published baseline's recipe as for ours.
 
     python records/search.py            # runs what is missing in records/micro_search.jsonl, then prints it, best first

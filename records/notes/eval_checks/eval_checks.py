@@ -1,3 +1,4 @@
+# Needs the tree of commit 58b37c5 (git worktree add ../then 58b37c5), where it lay in records/; kept as it ran.
 """Do the metrics of eval_prx.py behave as metrics should? On scenes, with the feature networks of this repository.
 
     python records/eval_checks.py                 # -> records/eval/checks.json and checks.png, 40 s on one core

@@ -1,7 +1,7 @@
 """Train the small network that REPA takes as its teacher where DINOv3 cannot be downloaded, on scenes.
 
-    python data/train_teacher.py                        # about 10 minutes on one core
-    python data/train_teacher.py --steps 300 --out teacher
+    python data/networks/train_teacher.py                        # about 10 minutes on one core
+    python data/networks/train_teacher.py --steps 300 --out teacher
 
 It goes to data/networks/teacher/ in Hugging Face format: a DINOv3ViTModel of 1 MB for images of 32 x 32 pixels,
 normalised with ImageNet's mean and standard deviation. Its patch tokens say what is where:
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import scenes  # noqa: E402
 from eval_prx import NETWORKS, preprocess  # noqa: E402
 

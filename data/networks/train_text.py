@@ -1,6 +1,6 @@
 """Train the offline text encoder: a small T5Gemma encoder and its tokenizer, for tracks that run without downloads.
 
-    python data/train_text.py            # about fifteen minutes on two busy cores; writes data/networks/text/
+    python data/networks/train_text.py            # about fifteen minutes on two busy cores; writes data/networks/text/
 
 The trainer conditions on the hidden states of a frozen encoder. The states of a random one would not say which colour
 belongs to which shape. This one learned it from text alone: ten learned questions ("what is in the top left?", ...
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from data.scenes import (BACKGROUNDS, COLOURS, MICRO, MINI, PATTERNS, PLACES, SHAPES, SIZES, captions,  # noqa: E402
                          draw_scenes)

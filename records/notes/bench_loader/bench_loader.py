@@ -1,3 +1,4 @@
+# Needs the tree of commit 58b37c5 (git worktree add ../then 58b37c5), where it lay in records/; kept as it ran.
 """How fast is the loader? Images/s of latents + stored text from disk, next to what the model eats.
 
     python records/bench_loader.py                        # 2,000 samples of 256 px: about 1.4 GB in a temporary folder

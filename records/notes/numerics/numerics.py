@@ -1,3 +1,4 @@
+# Needs the tree of commit 58b37c5 (git worktree add ../then 58b37c5), where it lay in records/; kept as it ran.
 """Does the fast path learn what the plain one learns? BF16 with compiled blocks, and FP8, against eager FP32.
 
     python records/numerics.py       # 300 micro steps x 3 seeds x 3 precisions -> records/bench/numerics.{json,png}

@@ -1,3 +1,4 @@
+# Needs the tree of commit 58b37c5 (git worktree add ../then 58b37c5), where it lay in records/; kept as it ran.
 """What do ranks cost? Bytes on the wire, memory and checkpoint stall, per rank: measured here, computed for 8 GPUs.
 
     python records/bench_ranks.py --ranks 1 2 4 8 --out records/bench/ranks.json      # gloo processes on this machine
