@@ -656,8 +656,8 @@ def references_of(task, real: Path | None, networks: dict[str, Features], batch:
 
 def judge(task, images, references, networks: dict[str, Features], metrics, out: Path) -> dict:
     """The result for images (N, 3, H, W), or a list of (3, H, W), that were painted for the prompts of the task, split
-    after split; writes samples.png into the folder `out`."""
-    digest, first, found, bounds = hashlib.sha256(), 0, {}, {}
+    after split; writes samples.png and, of scenes, scores.json (of every prompt) into the folder `out`."""
+    digest, first, found, bounds, scores = hashlib.sha256(), 0, {}, {}, {}
     real, second, about = references
     for split, count in task.counts.items():
         prompts, painted = task.prompts(split), images[first:first + count]
@@ -665,10 +665,13 @@ def judge(task, images, references, networks: dict[str, Features], metrics, out:
         first += count
         found[split], bounds[split] = {}, {}
         for key, values in task.score(split, painted).items():
+            scores.setdefault(split, {})[key] = [round(value, 6) for value in values.tolist()]
             found[split][key] = values.mean().item()
             bounds[split][key] = interval(found[split][key], resample(count) / count @ values)
         if split == "eval":
             save_grid(torch.stack(list(painted[:32])), prompts[:32], out / "samples.png", columns=8)
+    if scores:
+        write_json(out / "scores.json", scores)
     fake = features_of(in_batches(images[:task.n], 250), networks)
     compared = compare(real, fake, metrics)
     found["eval"] |= compared["metrics"]
