@@ -545,7 +545,7 @@ def test_a_script_with_another_model_and_another_sampler_is_judged(run, tmp_path
         assert main([*run, *flags]) == 0
         results.append(json.loads((out / "metrics.json").read_text()))
         assert Image.open(out / "samples.png").width > 500
-        assert sorted(path.name for path in out.iterdir()) == ["metrics.json", "samples.png"]  # nothing is left
+        assert sorted(path.name for path in out.iterdir()) == ["metrics.json", "samples.png", "scores.json"]
     grids = [np.array(Image.open(tmp_path / f"batch-{batch}" / "samples.png")).astype(int) for batch in (24, 7)]
     assert grids[0].shape == grids[1].shape and abs(grids[0] - grids[1]).max() <= 1
     first, second = results
