@@ -446,6 +446,8 @@ def read_run(run: Path, trust: bool) -> dict:
     """run.json of a finished run, or of a pipeline that `export` made of one, and `script_sha256` of its script. Asks
     for `trust` where that script, which is about to be executed, is not this checkout's."""
     script = run / "train_prx.py"
+    if not run.is_dir():
+        raise UserError(f"{run} is not there; give the folder of a finished run, such as logs/micro")
     for path in (run / "run.json", script):
         if not path.is_file():
             raise UserError(f"{run} holds no {path.name}: give the folder of a finished run; an older one is judged by "
@@ -931,9 +933,12 @@ def describe_data(about: dict) -> tuple[str, str]:
             else:
                 known = {key: index[key] for key in ("source", "license", "attribution") if key in index}
                 words = json.dumps(known, ensure_ascii=False)
-                prompt = HeldOut([folder], about["resolution"]).caption(0)
         except UserError:
             words = "was not there when the model was exported"
+        try:
+            prompt = HeldOut([folder], about["resolution"]).caption(0) if prompt == PLAIN else prompt
+        except UserError:
+            pass  # nothing is held out
         lines.append(f"- {Path(folder).name}: {words}")
     return prompt, "\n".join(lines)
 

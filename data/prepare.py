@@ -86,6 +86,9 @@ FIRST_SENTENCE = "first-sentence"
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 
 
+FEW = 50  # held-out images: with fewer a metric says little
+
+
 def knob(default, help: str):
     """A field of Settings that is a flag, too."""
     return dataclasses.field(default=default, metadata={"help": help})
@@ -735,6 +738,9 @@ def finish(out: Path, job: dict, s: Settings, given: list[str], parts: list[Part
     write_index(out, index)
 
     megabytes = sum((out / shard["file"]).stat().st_size for shard in shards) / 1e6
+    if count["eval"] < FEW:
+        print(f"warning: {count['eval']} images are held out, too few to judge a run by; prepare it again with a larger "
+              f"--eval-share than {s.eval_share}, before you train")
     print(f"kept {kept} of {read} images, {count['train']} samples for training and {count['eval']} for evaluation, "
           f"{len(shards)} shards, {megabytes:.1f} MB; next:\n{next_command(out, s, index)}")
     return index

@@ -225,8 +225,8 @@ class HeldOut:
                     found[tensors["hash"][row].numpy().tobytes()] = tensors, int(row)
         self.rows = [found[key] for key in sorted(found)]
         if len(self.rows) < 2:
-            raise UserError(f"{data} holds {len(self.rows)} image(s) of {resolution} px for evaluation, and at least 2 "
-                            "are needed; prepare more data, or with a larger --eval-share")
+            raise UserError(f"{', '.join(map(str, folders))} holds {len(self.rows)} image(s) of {resolution} px for "
+                            "evaluation, and at least 2 are needed; prepare more data, or with a larger --eval-share")
 
     def __len__(self):
         return len(self.rows)

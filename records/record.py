@@ -106,6 +106,7 @@ def run_one(folder: Path, flags: list[str], track: str, data: Path, seed: int):
     command = [sys.executable, "train_prx.py", "--track", track, "--data", str(data), "--seed", str(seed), "--name",
                run.name, *flags]
     if not finished(run):
+        print(f"seed {seed}: progress in {folder / f'seed{seed}.txt'}", flush=True)
         with open(folder / f"seed{seed}.txt", "w") as log:
             subprocess.run(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     if finished(run) and not (run / "metrics.json").exists():

@@ -89,10 +89,13 @@ def test_a_run_by_hours_ends_in_its_budget(shards, monkeypatch):
 
 
 def test_the_clock_runs_from_process_start(shards):
-    began = time.time()
-    done = shell(SCRIPT, *TINY, "--hours", 12 / 3600, "--name", "r")
+    for budget in (12, 60, 240):  # a slow moment may eat a short one before the first step
+        began = time.time()
+        done = shell(SCRIPT, *TINY, "--hours", budget / 3600, "--name", "r")
+        if "no step fits" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
-    assert 10.9 < metrics("r")[-1]["elapsed"] <= time.time() - began + 0.02  # a tick of the process table
+    assert budget - 1.1 < metrics("r")[-1]["elapsed"] <= time.time() - began + 0.02  # a tick of the process table
     done = shell("-c", f"import sys, time; time.sleep(2); sys.path.insert(0, {str(ROOT)!r}); import train_prx as T; "
                        "print(T.Clock()() > 2, T.Clock(100.0)() > 102)")
     assert done.stdout.split() == ["True", "True"], done.stderr
