@@ -80,7 +80,6 @@ def first_line(error: Exception) -> str:
 
 # =====================================================================================================================
 # 2. Configuration: every knob, once, with its evidence. What nobody tunes is a constant beside its use.
-# =====================================================================================================================
 # Figures are FID in Photoroom's ablation study, PRX part 2 (FLUX VAE, 256 px, 100k steps), unless they say otherwise.
 
 def knob(default, help: str, choices: str = ""):
@@ -324,7 +323,6 @@ def problems_in(c: Config) -> list[str]:
 
 # =====================================================================================================================
 # 3. Ranks, clock and log: torchrun's variables or one plain process; rank 0 speaks, the clock never stops.
-# =====================================================================================================================
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of collectives. None waits for a disk
 PEAK_FLOPS = 989e12  # dense BF16 of an H100 or H200 as others count it; MFU is the model's FLOPs over this
@@ -535,7 +533,6 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 # =====================================================================================================================
 # 4. The model: PRX. Names, shapes and numerics of the state dict are diffusers' PRXTransformer2DModel.
-# =====================================================================================================================
 
 class Linear(nn.Linear):
     """Computes in the weight's dtype; the FP32 bias is cast."""
@@ -783,7 +780,6 @@ def flops_per_image(config: dict, tokens: int, text_tokens: int, kept: int = 0, 
 
 # =====================================================================================================================
 # 5. Objectives: flow matching (arXiv 2210.02747, 2209.03003) with v- or x-prediction, contrastive, REPA, P-DINO.
-# =====================================================================================================================
 
 UNIFORM = 0.1  # share of times that are drawn uniformly, not logit-normal
 NEGATIVES = 8  # samples in a group of contrastive flow matching
@@ -889,7 +885,6 @@ def perceptual_loss(teacher, x, x_0):
 
 # =====================================================================================================================
 # 6. Frozen networks: VAE, text encoder and teacher, from the Hugging Face hub or folders.
-# =====================================================================================================================
 
 VAES = {
     "repa-e": "REPA-E/e2e-flux-vae",
@@ -911,9 +906,8 @@ def quiet_import(name: str):
 
 
 def unavailable(name: str, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"{name} cannot be loaded ({reason}); give a local folder, or for a gated repository accept its "
-                     "licence and log in with `hf auth login`")
+    return UserError(f"{name} cannot be loaded ({first_line(error)}); give a local folder, or for a gated repository "
+                     "accept its licence and log in with `hf auth login`")
 
 
 def frozen_dtype(device) -> torch.dtype:
@@ -1072,7 +1066,6 @@ class Frozen:
 
 # =====================================================================================================================
 # 7. Optimizer: Muon for the blocks' matrices, AdamW for the rest, one class for 1 to N ranks.
-# =====================================================================================================================
 
 CLASSIC = [(3.4445, -4.7750, 2.0315)]  # Keller Jordan's quintic, the same at every step
 # Polar Express (arXiv 2505.16932): the best quintic for each step, all but the last for values 1 % larger, as in the
@@ -1340,7 +1333,6 @@ class MuonAdamW:
 
 # =====================================================================================================================
 # 8. Data: prepared shards (data/README.md has the format), in an order that depends on the seed alone.
-# =====================================================================================================================
 
 def read_index(folder: Path) -> dict:
     """index.json of a prepared folder; UserError if it is missing, damaged or of another format."""
@@ -1616,7 +1608,6 @@ class Loader:
 
 # =====================================================================================================================
 # 9. Sampling, grids and painting, export, checkpoints.
-# =====================================================================================================================
 
 @torch.no_grad()
 def sample(model, noise, text, mask, null_text, null_mask, *, steps: int, cfg_scale: float, shift: float, predict: str):
@@ -1824,7 +1815,6 @@ def load_checkpoint(folder: Path, state: dict, optimizer: MuonAdamW):
 
 # =====================================================================================================================
 # 10. Training.
-# =====================================================================================================================
 
 def training_step(nets: nn.ModuleDict, frozen: Frozen, batch: Batch, c: Config, align: bool):
     """Forward, all losses and backward of one micro-batch. Returns its part of the plain flow-matching loss, and by
@@ -1920,6 +1910,7 @@ def open_everything(configs: list[Config], aligned: bool, world: World) -> tuple
         problems.append(f"track 24h needs CUDA GPUs, and torch finds none; --track micro runs on a CPU ({reason})")
     problems += [f"--batch {k.batch} over --accumulate {k.accumulate} is not a multiple of {world.size} ranks; change "
                  "one of them" for k in configs if k.batch // k.accumulate % world.size]
+    world.refuse(problems)  # before anything is fetched
     if c.vae != "none":
         frozen.vae = attempt(problems, VAE, c.vae, device)
     datasets = [attempt(problems, Shards, k, i, frozen.vae) for i, k in enumerate(configs)]
