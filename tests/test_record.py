@@ -21,7 +21,8 @@ def write_run(folder, source: str, seed: int, seconds: float, wrong: int):
     sha = hashlib.sha256(source.encode()).hexdigest()
     records, began = [], 1.7e9 + 1000 * seed
     for i in range(3):
-        records.append(dict(step=4 * i + 4, elapsed=seconds * (i + 1) / 4, losses=[1.0, 0.9, 0.8, 0.7]))
+        elapsed = seconds * (i + 1) / 4
+        records.append(dict(step=4 * i + 4, elapsed=elapsed, cpu_s=1.9 * elapsed, losses=[1.0, 0.9, 0.8, 0.7]))
     records.append(dict(event="finished", step=12, elapsed=seconds))
     text = "".join(json.dumps(r | dict(time=began + r["elapsed"])) + "\n" for r in records)
     (folder / "metrics.jsonl").write_text(text)
@@ -51,21 +52,42 @@ def race(tmp_path):
 
 
 @pytest.fixture
-def packed(race, tmp_path):
-    assert R.main(["pack", str(race), "--name", "mine", "--author", "me", "--records", str(tmp_path / "records")]) == 0
+def packed(race, tmp_path, monkeypatch):
+    monkeypatch.setattr(R, "ROOT", tmp_path)
+    assert R.main(["pack", str(race), "--name", "mine", "--author", "me"]) == 0
     [folder] = (tmp_path / "records/micro").iterdir()
     return folder
 
 
 def test_a_race_is_packed_verified_and_tabled(packed, tmp_path, capsys):
     assert R.verify(packed) == [] and R.main(["verify", str(packed)]) == 0
-    tests = json.loads((packed / "record.json").read_text())["tests"]
+    record = json.loads((packed / "record.json").read_text())
+    tests = R.tests_of(record["baseline_runs"], record["runs"])
     assert tests["passes"] and tests["faster"] and tests["n"] == 5 and 0.88 < tests["time_ratio"] < 0.92
     page = tmp_path / "records/README.md"
     page.write_text(f"# Records\n{R.BOARD}\nold\n<!-- end -->\nrest\n")
-    assert R.main(["table", "--records", str(tmp_path / "records")]) == 0
-    assert f"[{packed.name}](micro/{packed.name}) | me | 54." in page.read_text() and "\nrest\n" in page.read_text()
-    assert "old" not in page.read_text()
+    for agrees, there in ((None, False), ("not at all", False), ("to the bit", True)):  # no row before a seed is repeated
+        if agrees:
+            (packed / "rerun.json").write_text(json.dumps(dict(agrees=agrees)))
+        assert R.main(["table"]) == 0
+        row = f"[{packed.name}](micro/{packed.name}) | me | 54." in page.read_text()
+        assert row == there == (tmp_path / "records/history.png").exists(), agrees
+    assert "\nrest\n" in page.read_text() and "old" not in page.read_text()
+
+
+def test_a_disturbed_run_is_named_and_counts(race):
+    edit_lines(race / "b/logs/seed3/metrics.jsonl", lambda x: [r | dict(cpu_s=1.2 * r["elapsed"]) for r in x])
+    text = R.report(race, 5)
+    assert "B, seed 3, was disturbed: 1.2 cores, usual 1.9" in text and text.count("disturbed") == 1 and "\n   3 " in text
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "{\"format\": 1, \"track\": \"micro\"}", "\x00", "{\"runs\": 3}"])
+@pytest.mark.parametrize("file", ["record.json", "seed1/run.json", "seed1/metrics.json", "seed1/scores.json", "seed1/metrics.jsonl"])
+def test_a_damaged_file_is_a_sentence(packed, file, content, capsys):
+    (packed / file).write_text(content)
+    assert R.main(["verify", str(packed)]) == 2
+    said = capsys.readouterr()
+    assert str(packed) in said.out + said.err and "Traceback" not in said.err
 
 
 def test_the_statistics_are_scipys():
@@ -122,9 +144,9 @@ def write(path, text):
 
 
 FORGERIES = {
-    "time edited in the record": (lambda f: edit_json(f / "record.json", runs__0__seconds=40.0), "its time is not the same"),
-    "time edited in run.json": (lambda f: edit_json(f / "seed1/run.json", finished__elapsed=40.0), "its time is not the same"),
-    "accuracy edited in the record": (lambda f: edit_json(f / "record.json", runs__0__accuracy=0.99), "its accuracy is not"),
+    "time edited in the record": (lambda f: edit_json(f / "record.json", runs__0__seconds=40.0), "and record.json says"),
+    "time edited in run.json": (lambda f: edit_json(f / "seed1/run.json", finished__elapsed=40.0), "its time differs"),
+    "accuracy edited in the record": (lambda f: edit_json(f / "record.json", runs__0__accuracy=0.99), "and record.json says"),
     "accuracy edited in metrics": (lambda f: edit_json(f / "seed0/metrics.json", metrics__eval__accuracy=0.99), "its accuracy"),
     "scores cut": (lambda f: edit_json(f / "seed0/scores.json", eval__accuracy=[1.0] * 10), "the scores of all prompts"),
     "a picture of other scenes": (other_picture, "samples.png does not show"),
@@ -149,7 +171,7 @@ FORGERIES = {
     "a file of its own": (lambda f: write(f / "weights.bin", "x"), "does not belong into a record"),
     "a link out of the folder": (lambda f: (f / "seed0/scores.json.x").symlink_to("/etc/passwd"), "does not belong"),
     "no baseline": (lambda f: shutil.rmtree(f / "baseline"), "baseline/train_prx.py is missing"),
-    "p computed on something else": (lambda f: edit_json(f / "record.json", tests__p_accuracy=1e-9), "not what its runs give"),
+    "a run's cores edited": (lambda f: edit_json(f / "record.json", runs__0__cores=9.9), "and record.json says"),
     "different lengths": (lambda f: edit_json(f / "seed1/run.json", steps=13), "a record has one length"),
 }
 
@@ -172,13 +194,14 @@ def test_a_script_that_needs_the_repository_or_cannot_be_read_is_refused(tmp_pat
     assert says in R.check_script(tmp_path, sha)[0]
 
 
-def test_what_does_not_pass_is_not_a_record(race, tmp_path):
+def test_what_does_not_pass_is_not_a_record(race, tmp_path, monkeypatch):
+    monkeypatch.setattr(R, "ROOT", tmp_path)
     for seed in range(5):
         run = race / f"b/logs/seed{seed}"
         edit_json(run / "scores.json", eval__accuracy=[1.0] * 1900 + [0.0] * 100)
         edit_json(run / "metrics.json", metrics__eval__accuracy=0.95 + 1e-3 * (seed - 2))
         edit_json(run / "scores.json", eval__accuracy=[1.0] * (1896 + 2 * seed) + [0.0] * (104 - 2 * seed))
-    R.main(["pack", str(race), "--name", "weak", "--author", "me", "--records", str(tmp_path / "records")])
+    R.main(["pack", str(race), "--name", "weak", "--author", "me"])
     [folder] = (tmp_path / "records/micro").iterdir()
     assert any("accuracy is not above 95% at p < 0.01" in p for p in R.verify(folder))
 
@@ -201,4 +224,4 @@ def test_a_grid_is_read_back(tmp_path):
 def test_the_repositorys_records_verify_and_its_table_is_up_to_date():
     page = (R.ROOT / "records/README.md").read_text()
     board = page.split(R.BOARD + "\n")[1].split("\n<!-- end -->")[0]
-    assert board == R.table(R.ROOT / "records")
+    assert board == R.table(R.ROOT / "records")[0]
