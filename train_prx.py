@@ -1224,12 +1224,11 @@ class MuonAdamW:
         """Add a micro-batch's gradients, in FP32. What only another stage uses has none."""
         names = [n for n, p in self.params.items() if p.grad is not None]
         views, grads = [self.grad_views[n] for n in names], [self.params[n].grad for n in names]
-        if self.fresh and len(names) == len(self.params):
+        if self.fresh:
+            for name in self.params.keys() - set(names):
+                self.grad_views[name].zero_()
             torch._foreach_copy_(views, grads)
         else:
-            if self.fresh:
-                for flat in self.flats:
-                    flat.grads.zero_()
             torch._foreach_add_(views, grads)
         self.fresh = False
         for name in names:
