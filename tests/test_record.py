@@ -27,7 +27,7 @@ def write_run(folder, source: str, seed: int, seconds: float, wrong: int):
     text = "".join(json.dumps(r | dict(time=began + r["elapsed"])) + "\n" for r in records)
     (folder / "metrics.jsonl").write_text(text)
     (folder / "log.txt").write_text(f"command\n--- source\n{source}\n--- end of source\ncompile cache: 0 files at the start\n")
-    about = dict(track="micro", seed=seed, steps=12, source_sha256=sha, data=[dict(folder="x", sha256=R.PROTOCOL["micro"]["data"])],
+    about = dict(track="micro", seed=seed, steps=12, source_sha256=sha, data=[dict(folder="x", sha256=R.DATA)],
                  finished=dict(step=12, samples=1, elapsed=seconds), machine=dict(cpu="AMD", cpus=2), parameters=1,
                  world_size=1, command=f"train_prx.py --track micro --data D --seed {seed} --name seed{seed} --steps 12")
     scores = dict(eval=dict(accuracy=[1.0] * (2000 - wrong) + [0.0] * wrong))
@@ -81,8 +81,9 @@ def test_a_disturbed_run_is_named_and_counts(race):
     assert "B, seed 3, was disturbed: 1.2 cores, usual 1.9" in text and text.count("disturbed") == 1 and "\n   3 " in text
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "{\"format\": 1, \"track\": \"micro\"}", "\x00", "{\"runs\": 3}"])
-@pytest.mark.parametrize("file", ["record.json", "seed1/run.json", "seed1/metrics.json", "seed1/scores.json", "seed1/metrics.jsonl"])
+@pytest.mark.parametrize("file, content", [
+    ("record.json", "[]"), ("record.json", '{"format": 1, "track": "micro"}'), ("seed1/run.json", "{}"), ("seed1/metrics.json", "\x00"),
+    ("seed1/scores.json", '{"eval": 3}'), ("seed1/metrics.jsonl", "[]"), ("seed1/metrics.jsonl", "{")])
 def test_a_damaged_file_is_a_sentence(packed, file, content, capsys):
     (packed / file).write_text(content)
     assert R.main(["verify", str(packed)]) == 2
