@@ -1909,7 +1909,6 @@ def open_everything(configs: list[Config], aligned: bool, world: World) -> tuple
         problems.append(f"track 24h needs CUDA GPUs, and torch finds none; --track micro runs on a CPU ({reason})")
     problems += [f"--batch {k.batch} over --accumulate {k.accumulate} is not a multiple of {world.size} ranks; change "
                  "one of them" for k in configs if k.batch // k.accumulate % world.size]
-    world.refuse(problems)  # before anything is fetched
     if c.vae != "none":
         frozen.vae = attempt(problems, VAE, c.vae, device)
     datasets = [attempt(problems, Shards, k, i, frozen.vae) for i, k in enumerate(configs)]
