@@ -21,6 +21,7 @@ from conftest import ENVIRONMENT, ROOT, SCRIPT, TINY, losses, metrics, run, same
 from test_shards import LATENT, write_shards
 
 import train_prx as T
+from records.gpu_check import processes, send
 
 ranks_group = pytest.mark.xdist_group("ranks")
 
@@ -234,13 +235,13 @@ def test_a_repeated_signal_changes_nothing_but_ctrl_c_after_three_seconds(monkey
 
 
 @ranks_group
-def test_a_signal_that_comes_twice_to_the_whole_group_leaves_a_checkpoint(shards):
+def test_a_signal_that_comes_twice_to_all_processes_leaves_a_checkpoint(shards):
     """As at Slurm's time limit: torchrun and its ranks get it at once, and torchrun hands its own on as well."""
-    process = start("--steps", 100000, "--name", "r", ranks=2, start_new_session=True,
-                    torchrun_flags=["--shutdown-timeout=300"])
+    process = start("--steps", 100000, "--name", "r", ranks=2, torchrun_flags=["--shutdown-timeout=300"])
     wait_for_steps("r", process)
+    assert len(processes(shards)) == 3
     for _ in range(2):
-        os.killpg(process.pid, signal.SIGTERM)
+        send(signal.SIGTERM, processes(shards))
         time.sleep(0.003)
     said = finish(process)
     assert process.returncode != 0 and "stopped at step" in said, said
@@ -478,8 +479,7 @@ def test_a_dead_rank_ends_the_others_and_torchrun_starts_the_run_again(shards):
     while not list(Path("logs").glob("r/checkpoint/step-????????")):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    send(signal.SIGKILL, processes(shards, rank=1))
     said = finish(process)
     assert process.returncode == 0, said[-3000:]
     assert "resumed from logs/r/checkpoint" in said and "cannot meet" not in said  # at the first restart
