@@ -77,7 +77,7 @@ class Check:
 
     def note(self, name: str, **found):
         """Keep what a part found, and print it."""
-        found = {k: v[-1500:] if isinstance(v, str) else v for k, v in found.items()}
+        found = {k: v[-4000:] if isinstance(v, str) else v for k, v in found.items()}
         self.found[name] = found = json.loads(json.dumps(found), parse_constant=str)  # JSON knows no NaN
         self.save()
         figures = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()
@@ -95,6 +95,10 @@ class Check:
         first = next(iter(bench.ROWS[self.track]))
         return bench.config_of(self.track, first, f"{small if self.tiny else bench.SMALL} {flags}".split())
 
+    @functools.cached_property
+    def rate(self) -> float:
+        return bench.matmul_rate(self.device, self.dtype)
+
     def ours(self, flags: str = "--repa 0") -> bench.Ours:
         return bench.build(self.config(flags), self.world, shards=False)
 
@@ -102,8 +106,7 @@ class Check:
         """A step of each setting, one after the other; one that does not fit is said and left out."""
         found = {}
         for name, flags in rows.items():
-            rate = bench.matmul_rate(self.device, self.dtype)
-            found |= bench.compare({name: lambda: make(flags)}, self.device, self.turns, rate)
+            found |= bench.compare({name: lambda: make(flags)}, self.device, self.turns, self.rate)
             self.found[name] = found.get(name, "does not fit into memory")
             self.save()
         return found
@@ -122,7 +125,7 @@ class Check:
         track, n = ("mini", 1024) if on_gpus else ("micro", 64)
         if not (self.folder / "shards" / track).exists():
             write_track(track, self.folder / "shards" / track, n=n, eval_n=16, processes=1)
-        small = "" if on_gpus else "--hidden 32 --heads 2 --depth 2 --batch 16 --repa 0 --compile off"
+        small = "" if on_gpus else "--hidden 32 --heads 2 --depth 2 --batch 16 --repa 0 --sample-steps 2 --compile off"
         flags = ["--track", track, *small.split(), "--samples", 0, *flags]
         return Training(self.folder, name, ranks, *flags, env={} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}, **kw)
 
@@ -303,8 +306,7 @@ def all_variants(check: Check):
 def peers(check: Check):
     """diffusers' model with torch.optim, where it is installed."""
     c = check.config("--repa 0 --batch 32" if check.cuda else "--repa 0 --compile off")
-    rate = bench.matmul_rate(check.device, check.dtype)
-    check.note("peers", **bench.peers(c, check.world, argparse.Namespace(turns=check.turns), rate))
+    check.note("peers", **bench.peers(c, check.world, argparse.Namespace(turns=check.turns), check.rate))
 
 
 # ---- ranks, together -------------------------------------------------------------------------------------------------

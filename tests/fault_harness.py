@@ -5,7 +5,8 @@
 
 Signals: SIGKILL to all processes at once, SIGTERM or SIGINT twice to all, or once to the first (torchrun's, where there
 are ranks); with ranks also SIGKILL or SIGTERM to one rank. Moments: during start-up, between steps, while a checkpoint
-is being written (they are written every second). After each kill the same command is given again.
+is being written (they are written every second). After each kill the same command is given again, and when a run has
+ended, the next one begins.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import train_prx as T  # noqa: E402
 from data.scenes import write_track  # noqa: E402
 from records.gpu_check import Training, processes, send  # noqa: E402
 
@@ -63,7 +65,7 @@ def wait_for(moment: str, run: Training, rng) -> bool:
 
 
 def harness(folder: Path, kills: int, steps: int, ranks: int, seed: int, data: Path | None = None) -> dict:
-    rng, told = random.Random(seed), []
+    rng, told, runs = random.Random(seed), [], []
     (folder / "shards").mkdir()
     if data:
         (folder / "shards/micro").symlink_to(data)
@@ -73,37 +75,36 @@ def harness(folder: Path, kills: int, steps: int, ranks: int, seed: int, data: P
     assert whole["code"] == 0, whole["said"]
     ways = ["all SIGKILL", "process SIGTERM", "process SIGINT", "all SIGTERM", "all SIGINT"]
     ways += ["rank SIGKILL", "rank SIGTERM"] if ranks > 1 else []
-    while True:
+    while not runs or len(told) < kills or (folder / "logs/killed").exists():
         training = start(folder, "killed", steps, ranks)
-        run = training.run
-        moment = rng.choice(("start-up", "training", "checkpoint")) if len(told) < kills else "never"
-        if moment == "never" or not wait_for(moment, training, rng):
+        moment = rng.choice(("start-up", "training", "checkpoint"))
+        if len(told) < kills and wait_for(moment, training, rng):
+            how = rng.choice(ways)
+            kill(training, how, ranks, rng)
+            end = training.end()
+            assert end["seconds"] < 300, end["said"]
+            told.append((moment, how, end["code"]))
+            print(f"kill {len(told)}: {told[-1]}", flush=True)
+        else:
             end = training.end(seconds=3600)
             assert end["code"] == 0, end["said"]  # nobody has stopped this one
-            if len(told) >= kills:
-                break
-            # finished before it could be killed: start it again from its last checkpoint
-            shutil.rmtree(run / "transformer")
-            (run / "run.json").unlink()
-            last = sorted((run / "checkpoint").glob("step-????????"))
-            if len(last) > 1:
-                shutil.rmtree(last[-1])
-            continue
-        how = rng.choice(ways)
-        kill(training, how, ranks, rng)
-        end = training.end()
-        assert end["seconds"] < 300, end["said"]
-        told.append((moment, how, end["code"]))
-        print(f"kill {len(told)}: {told[-1]}", flush=True)
+            runs.append(judge(folder))
+            shutil.rmtree(training.run)  # the next kill is another run's
+    sums = {key: sum(run[key] for run in runs) for key in ("steps_logged", "resumed")}
+    both = {key: all(run[key] for run in runs) for key in ("identical", "clock_only_grows")}
+    return dict(kills=len(told), runs=len(runs), steps=steps, ranks=ranks, **both, **sums, told=told)
+
+
+def judge(folder: Path) -> dict:
+    """What was killed beside what was not."""
     files = [folder / f"logs/{name}/transformer/diffusion_pytorch_model.safetensors" for name in ("whole", "killed")]
     a, b = map(load_file, files)
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(x) for x in lines if x.startswith("{") and x.endswith("}")]
-    logged = sum(len(r.get("losses", [])) for r in records)
-    clocks = [r["elapsed"] for r in records if "elapsed" in r]
-    return dict(kills=len(told), identical=a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), steps=steps,
-                ranks=ranks, steps_logged=logged, resumed=sum(r.get("event") == "resume" for r in records),
-                clock_only_grows=all(x <= y + 1e-6 for x, y in zip(clocks, clocks[1:])), told=told)
+    records = T.read_metrics(folder / "logs/killed")
+    clocks = [r["elapsed"] for r in records]
+    return dict(identical=a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a),
+                steps_logged=sum(len(r.get("losses", [])) for r in records),
+                resumed=sum(r.get("event") == "resume" for r in records),
+                clock_only_grows=all(x <= y + 1e-6 for x, y in zip(clocks, clocks[1:])))
 
 
 def main():
