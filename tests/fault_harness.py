@@ -37,17 +37,16 @@ def start(folder: Path, name: str, steps: int, ranks: int) -> Training:
     return Training(folder, name, ranks, *FLAGS, "--steps", steps)
 
 
-def kill(run: Training, how: str, ranks: int, rng):
+def kill(run: Training, how: str, ranks: int, rng) -> bool:
+    """Whether there was anybody to kill: a rank comes seconds after torchrun."""
     target, number = how.split()
-    number = getattr(signal, number)
-    if target == "rank":
-        send(number, processes(run.folder, rank=rng.randrange(ranks)))
-    elif target == "all":
-        for _ in range(2):
-            send(number, processes(run.folder))
-            time.sleep(0.003)
-    else:
-        send(number, [run.process.pid])
+    number, rank = getattr(signal, number), rng.randrange(ranks) if target == "rank" else None
+    there = [run.process.pid] if target == "process" else processes(run.folder, rank)
+    send(number, there)
+    if target == "all":
+        time.sleep(0.003)
+        send(number, there)
+    return bool(there)
 
 
 def wait_for(moment: str, run: Training, rng) -> bool:
@@ -77,10 +76,8 @@ def harness(folder: Path, kills: int, steps: int, ranks: int, seed: int, data: P
     ways += ["rank SIGKILL", "rank SIGTERM"] if ranks > 1 else []
     while not runs or len(told) < kills or (folder / "logs/killed").exists():
         training = start(folder, "killed", steps, ranks)
-        moment = rng.choice(("start-up", "training", "checkpoint"))
-        if len(told) < kills and wait_for(moment, training, rng):
-            how = rng.choice(ways)
-            kill(training, how, ranks, rng)
+        moment, how = rng.choice(("start-up", "training", "checkpoint")), rng.choice(ways)
+        if len(told) < kills and wait_for(moment, training, rng) and kill(training, how, ranks, rng):
             end = training.end()
             assert end["seconds"] < 300, end["said"]
             told.append((moment, how, end["code"]))

@@ -541,10 +541,19 @@ def test_what_set_up_finds_on_any_rank_is_said_once_by_rank_0(shards):
 @ranks_group
 @pytest.mark.parametrize("peer", ["os._exit(9)", "time.sleep(1000)"], ids=["dead", "hung"])
 def test_a_rank_that_loses_its_peer_says_so(in_tmp, peer):
-    script = driver(in_tmp, "T.TIMEOUT = datetime.timedelta(seconds=20)\n"
-                            f"def main(argv):\n    world = T.connect()\n    world.agree(1.0)\n    if rank == 1: {peer}\n"
-                            "    try:\n        world.agree(1.0)\n    except T.TrainingFailed as error:\n"
-                            "        print(error, flush=True)\n        os._exit(1)\nT.main = main")
+    script = driver(in_tmp, f"""
+def main(argv):
+    world = T.connect()
+    world.agree(1.0)
+    T.dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=3), world.control)
+    if rank == 1:
+        {peer}
+    try:
+        world.agree(1.0)
+    except T.TrainingFailed as error:
+        print(error, flush=True)
+        os._exit(1)
+T.main = main""")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         environment = ENVIRONMENT | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE="2")
