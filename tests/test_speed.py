@@ -1,11 +1,13 @@
-"""No step waits for the GPU, blocks compile once per shape, and warm-up leaves no trace."""
+"""No step waits for the GPU or one slow read, blocks compile once per shape, and warm-up leaves no trace."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
 import torch
 from conftest import losses, same, weights
+from test_shards import config, pooled, write_shards
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -76,6 +78,37 @@ def test_blocks_compile_whole_and_once_per_shape():
         out.square().mean().backward()
         assert out.shape == x.shape and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("workers", [2, 1])
+def test_a_slow_disk_is_read_by_as_many_workers_as_there_are(tmp_path, monkeypatch, workers):
+    """Where bytes leave the file, a worker waits until a second one is there: with two all goes on, with one it stands.
+    Counted, not timed. The trainer's own thread copies nothing."""
+    both, readers = threading.Barrier(2, timeout=60 if workers == 2 else 0.1), set()
+
+    class OnDisk(torch.Tensor):
+        """A view of it costs nothing; whoever copies it, waits."""
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            out = super().__torch_function__(func, types, args, kwargs or {})
+            if func is torch.Tensor.__getitem__:
+                return out
+            readers.add(threading.current_thread())
+            both.wait()
+            return out.as_subclass(torch.Tensor)
+
+    loader = pooled(config(write_shards(tmp_path / "d"), batch=8), workers, monkeypatch)
+    for tensors in loader.data.tensors.values():
+        tensors["image"] = tensors["image"].as_subclass(OnDisk)
+    if workers == 2:
+        assert all(len(next(loader).x) == 8 for _ in range(4))
+    else:
+        with pytest.raises(threading.BrokenBarrierError):
+            next(loader)
+    both.abort()
+    loader.pool.shutdown(wait=True, cancel_futures=True)
+    assert len(readers) == workers and threading.main_thread() not in readers
 
 
 # --- warm-up
