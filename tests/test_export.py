@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import eval_prx
-from eval_prx import PLAIN, SCENE, main
+from eval_prx import PLAIN, main
 from test_eval import cache, refused, write_run  # noqa: F401 (cache is a fixture)
 from test_eval_shards import write_folder
 
@@ -63,6 +64,7 @@ for prompt, seed in zip(request["prompts"], request["seeds"]):
 save_file({"images": torch.stack(images)}, sys.argv[4])
 '''
 INDEX = {"scenes": {"track": "micro", "protocol": "p", "hash": "h"}}
+CAPTION = "long number 39"  # whose image comes first by hash
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def trained(tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(run / "transformer")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setattr(eval_prx, "CACHE", folder / "cache")
         assert main([str(run), "--trust", "--n", "8", "--steps", "2", "--inception", "none"]) == 0
     return run
 
@@ -100,7 +102,7 @@ def test_the_model_cards_commands_paint_in_a_process_that_has_diffusers_only(tra
     """On the trainer's time grid: it is the run's own image."""
     card = (pipeline / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
-    assert SCENE in code and str(pipeline) in code and "use_resolution_binning=False" in code
+    assert f"pipeline({CAPTION!r}" in code and str(pipeline) in code and "use_resolution_binning=False" in code
     noise = "import torch\nnoise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))\n"
     code = noise + code.replace("guidance_scale=", "latents=noise, guidance_scale=")
     forbid = "import sys\nsys.modules.update({'train_prx': None, 'eval_prx': None, 'data': None})\n"
@@ -108,7 +110,7 @@ def test_the_model_cards_commands_paint_in_a_process_that_has_diffusers_only(tra
     assert done.returncode == 0, done.stderr[-3000:]
     picture = Image.open(tmp_path / "image.png")
     assert picture.size == (32, 32) and np.array(picture).std() > 1
-    argv = ["sample", str(trained), "--trust", SCENE, "--n", "1", "--cfg", "3", "--out", str(tmp_path / "ours")]
+    argv = ["sample", str(trained), "--trust", CAPTION, "--n", "1", "--cfg", "3", "--out", str(tmp_path / "ours")]
     assert main(argv) == 0
     ours = np.array(Image.open(tmp_path / "ours/00000-00.png")).astype(int)
     assert abs(ours - np.array(picture)).max() <= 1
@@ -136,7 +138,7 @@ def test_the_model_cards_prompt_is_one_that_the_data_has(trained, tmp_path):
     (run / "run.json").write_text(json.dumps(facts | {"data": [{"folder": str(data), "sha256": "0"}]}))
     assert main(["export", str(run), "--out", str(tmp_path / "p"), "--trust"]) == 0
     card = (tmp_path / "p/README.md").read_text()
-    assert "pipeline('long number " in card and SCENE not in card and "lower case" in card
+    assert f"pipeline({CAPTION!r}" in card and "lower case" in card
     assert "counted squares" in card and "CC BY-SA 4.0" in card
     shutil.rmtree(data)
     assert eval_prx.describe_data(eval_prx.read_run(run, True))[0] == PLAIN
@@ -173,9 +175,10 @@ def test_what_cannot_be_exported_is_one_sentence(trained, tmp_path, capsys):
         (run / "run.json").write_text(json.dumps(facts | change))
         assert message in refused(capsys, "export", run, *flags)
     (run / "run.json").write_text(json.dumps(facts))
-    (run / "transformer/config.json").write_text((trained / "transformer/config.json").read_text().replace(
-        "{", '{"span": [0, 1],', 1))
-    assert "--sprint or a learned scorer" in refused(capsys, "export", run, *flags)
+    weights = load_file(run / "transformer/diffusion_pytorch_model.safetensors")
+    for state in (weights | {"fuse.weight": torch.zeros(1)}, dict(list(weights.items())[1:])):
+        save_file(state, run / "transformer/diffusion_pytorch_model.safetensors", {"format": "pt"})
+        assert "no --sprint and no scorer" in refused(capsys, "export", run, *flags)
     assert not (tmp_path / "p").exists()
 
 
