@@ -163,7 +163,7 @@ def test_precision_and_recall_are_the_double_loop_and_tell_quality_from_variety(
 
 
 def test_intervals_are_as_wide_as_the_spread_of_fresh_samples():
-    reference, population = random_features(2000, 6, 0), random_features(20_000, 6, 1)
+    reference, population = random_features(500, 6, 0), random_features(20_000, 6, 1)
 
     def fresh(n, seed):
         return population[torch.randperm(20_000, generator=torch.Generator().manual_seed(seed))[:n]]
