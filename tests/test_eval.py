@@ -230,12 +230,14 @@ def test_a_picture_of_the_right_size_stays_as_it_is(kind):
     assert torch.equal(preprocess([image], 64, kind)[0], (image.float() / 255 - mean) / std)
 
 
-def test_of_a_very_long_picture_the_middle_is_seen():
+def test_of_a_very_long_picture_the_middle_is_seen(monkeypatch):
     """Its shorter edge becomes 64 pixels: as a whole it would be of 960,000, all but 64 of which are cropped."""
     image = torch.randint(0, 256, (3, 2, 30_000), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    for turned in (image, image.mT):
-        seen = turned[:, :, 14_980:15_020] if turned is image else turned[:, 14_980:15_020]
-        assert torch.equal(preprocess([turned], 64, "clip"), preprocess([seen], 64, "clip"))
+    sizes, resize = [], torch.nn.functional.interpolate
+    monkeypatch.setattr(torch.nn.functional, "interpolate", lambda x, size, **kw: sizes.append(size) or resize(x, size, **kw))
+    for long, seen in ((image, image[:, :, 14_980:15_020]), (image.mT, image.mT[:, 14_980:15_020])):
+        assert torch.equal(preprocess([long], 64, "clip"), preprocess([seen], 64, "clip"))
+    assert max(map(max, sizes)) == 20 * 64
 
 
 @pytest.mark.parametrize("size", [(32, 32), (299, 299), (400, 300), (640, 480)])
