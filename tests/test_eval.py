@@ -234,7 +234,8 @@ def test_of_a_very_long_picture_the_middle_is_seen(monkeypatch):
     """Its shorter edge becomes 64 pixels: as a whole it would be of 960,000, all but 64 of which are cropped."""
     image = torch.randint(0, 256, (3, 2, 30_000), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     sizes, resize = [], torch.nn.functional.interpolate
-    monkeypatch.setattr(torch.nn.functional, "interpolate", lambda x, size, **kw: sizes.append(size) or resize(x, size, **kw))
+    spy = lambda x, size, **kw: sizes.append(size) or resize(x, size, **kw)
+    monkeypatch.setattr(torch.nn.functional, "interpolate", spy)
     for long, seen in ((image, image[:, :, 14_980:15_020]), (image.mT, image.mT[:, 14_980:15_020])):
         assert torch.equal(preprocess([long], 64, "clip"), preprocess([seen], 64, "clip"))
     assert max(map(max, sizes)) == 20 * 64
