@@ -20,6 +20,7 @@ import eval_prx
 from data.shards import HeldOut
 from eval_prx import PLAIN, main
 
+pytestmark = pytest.mark.xdist_group("export")  # one trained run and one pipeline serve all
 EVALUATE = "--n 8 --steps 2 --inception none".split()
 
 
