@@ -90,7 +90,8 @@ def fid(real: Tensor, fake: Tensor, counts: Tensor | None = None) -> Tensor:
     of R1 R2^T: real, and stable where a covariance is singular (fewer samples than features).
     """
     (m1, r1), out = moments(real), []
-    for count in [None] if counts is None else counts:
+    counts = torch.ones(1, len(fake)).double() if counts is None else counts
+    for count in counts:
         m2, r2 = moments(fake, count)
         cross = torch.linalg.svdvals(r1 @ r2.T).sum()
         out.append((m1 - m2).square().sum() + r1.square().sum() + r2.square().sum() - 2 * cross)
@@ -151,7 +152,7 @@ def covered(points: Tensor, centres: Tensor, k: int = 3) -> float:
 class Metric(NamedTuple):
     network: str     # inception, clip or dino
     value: Callable  # features (real (N, D), fake (M, D)) -> one number
-    widest: int = 0  # has intervals, from value(real, fake, counts (R, M)) -> (R,), of up to so many features
+    widest: int = 0  # features, up to which value(real, fake, counts (R, M)) -> (R,) gives the interval in seconds
 
 
 METRICS = {"fid": Metric("inception", fid, widest=512),
