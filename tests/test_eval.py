@@ -804,3 +804,10 @@ def test_sample_says_which_words_the_small_text_encoder_does_not_know(run, tmp_p
     (copy / "run.json").write_text(json.dumps(about | {"text": "t5gemma"}))
     assert main([*flags, "a zebra"]) == 0
     assert "vocabulary" not in capsys.readouterr().out
+
+
+def test_the_evaluator_stays_readable():
+    """Issue 16: at most 1,100 lines, export inside; and no denser than they were."""
+    lines = (ROOT / "eval_prx.py").read_text().splitlines()
+    code = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    assert len(lines) <= 1100 and max(map(len, lines)) <= 120 and sum(map(len, code)) / len(code) < 64.6
