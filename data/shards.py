@@ -16,6 +16,8 @@ import json
 import math
 import os
 import re
+import shlex
+import sys
 import textwrap
 import warnings
 from pathlib import Path
@@ -39,6 +41,15 @@ PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes: Pillow's 1 MB loses sound p
 
 class UserError(Exception):
     """Bad input, said in one sentence that names the file, value or flag."""
+
+
+def command(script: str, *words) -> str:
+    """A command line that runs as it is printed: this interpreter and a script of this repository, by their paths from
+    the current folder."""
+    here = Path.cwd()
+    paths = (path.relative_to(here) if path.is_relative_to(here) else path for path in
+             (Path(sys.executable), NETWORKS.parents[1] / script))
+    return shlex.join(map(str, (*paths, *words)))
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -113,15 +124,20 @@ def write_index(folder: Path, index: dict):
 
 
 def data_folders(data: str) -> list[tuple[str, float]]:
-    """A:0.7,B:0.3 -> [("A", 0.7), ("B", 0.3)]; without a weight it is 1. A folder that exists is taken by its name."""
-    if Path(data).exists():
-        return [(data, 1.0)]
-    folders = []
-    for part in data.split(","):
-        match = re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", part)
-        if not match or (match[2] and float(match[2]) == 0):
-            raise UserError(f"--data {data} is not a list of folders with positive weights such as A or A:0.7,B:0.3")
-        folders.append((match[1], float(match[2] or 1)))
+    """A:0.7,B:0.3 -> [("A", 0.7), ("B", 0.3)]; without a weight it is 1. A folder that exists is taken by its name, a
+    colon or commas in it included."""
+    def entry(text):
+        match = re.fullmatch(r"(.+):(\d*\.?\d+)", text)
+        return (match[1], float(match[2])) if match and not Path(text).exists() else (text, 1.0)
+
+    folders, pieces = [], data.split(",")
+    while pieces:
+        entries = [entry(",".join(pieces[:n + 1])) for n in range(len(pieces))]
+        longest = max((n for n, (folder, _) in enumerate(entries) if Path(folder).exists()), default=0)
+        folders.append(entries[longest])
+        pieces = pieces[longest + 1:]
+    if not all(folder and weight for folder, weight in folders):
+        raise UserError(f"--data {data} is not a list of folders with positive weights such as A or A:0.7,B:0.3")
     return folders
 
 
