@@ -92,8 +92,8 @@ FEW = 50                     # held-out images: with fewer a metric says little
 RARE = 256                   # images of one shape, a usual batch: fewer do not fill one in an epoch
 LOST_LETTERS = 0.2           # share of a caption's letters that the cleaning may remove
 SHORTEST = 5                 # words of a first sentence
-ABBREVIATIONS = ("approx ave blvd ca capt cf co col dept dr ed est etc fig ft gen gov hon inc jr lt ltd mr mrs ms mt no "
-                 "nos op pl pp prof rev sen sgt sr st univ vol vs").split()
+ABBREVIATIONS = ("approx ave blvd ca capt cf co col dept dr ed est etc fig ft gen gov hon inc jr lt ltd mr mrs ms mt "
+                 "no nos op pl pp prof rev sen sgt sr st univ vol vs").split()
 ADVICE = {"no caption": "--long-field", "no image under this key": "--image-field",  # for samples that lack something
           "no image in this row": "--image-field", "no file name in this row": "--image-field",
           "no fitting column in this file": "--image-field or --long-field"}
@@ -635,15 +635,21 @@ def repositories(job: dict) -> dict | None:
 @contextlib.contextmanager
 def locked(out: Path, rank: int):
     """Keeps out other processes that prepare the same folder, as far as its file system can lock."""
-    (out / ".prepare").mkdir(parents=True, exist_ok=True)
-    with open(out / f".prepare/lock-{rank}", "w") as lock:
+    path = out / f".prepare/lock-{rank}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is preparing {out}: wait for it, or take another --out") from None
         except OSError:
-            print(f"warning: the file system cannot lock {out}; do not start two processes that prepare it")
-        yield
+            print(f"warning: the file system cannot lock {out}: do not prepare it twice at a time")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                path.parent.rmdir()  # unless an unfinished job is in it
 
 
 def discard(work: Path) -> None:
@@ -829,11 +835,11 @@ def finish(out: Path, job: dict, s: Settings, given: list[str], parts: list[Part
             shapes[x["height"], x["width"]] += x["count"] - len(x["skip"])
     rare = [n for n in shapes.values() if n < RARE]
     if rare and len(shapes) > len(s.size):
-        print(f"warning: {sum(rare)} images are of {len(rare)} rare shapes: a batch has one shape, so they wait until it is "
-              "full and then come several times at once; --crop center has one shape")
+        print(f"warning: {sum(rare)} images are of {len(rare)} rare shapes: a batch has one shape, so they wait until "
+              "it is full and then come several times at once; --crop center has one shape")
     if count["eval"] < FEW:
         share = min(0.5, max(2 * s.eval_share, round(2 * FEW / kept, 2)))
-        print(f"warning: {count['eval']} of {kept} images are held out, fewer than {FEW} are too few to judge a run by: "
+        print(f"warning: {count['eval']} of {kept} images are held out, too few to judge a run by (at least {FEW}): "
               f"prepare it again with --overwrite --eval-share {share}, before you train")
     print(f"kept {kept} of {read} images, {count['train']} samples for training and {count['eval']} for evaluation, "
           f"{len(shards)} shards, {megabytes:.1f} MB; next:\n{next_command(out, s, index)}")

@@ -216,9 +216,9 @@ def walk(folder: Path) -> dict[str, int]:
     def stop(error):
         raise error
 
-    found, seen = {}, set()
+    found, seen = {}, set(Path(folder).resolve().parents)
     for path, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        if (real := os.path.realpath(path)) in seen:  # a link in a circle
+        if (real := Path(path).resolve()) in seen:  # a link in a circle
             folders.clear()
             continue
         seen.add(real)
@@ -307,12 +307,12 @@ def cut(files: list[File], fields: Fields) -> list[Part]:
 
 def lines_of(file: File, fields: Fields, start: int = 0):
     """(position after it, line) of a folder's list from the position `start` on. A line is a dict of metadata, or
-    {extension: name} of an image and what belongs to it, or Reject; empty if blank."""
+    {extension: name} of an image and what belongs to it, or Reject, or None for a blank one."""
     if file.kind == "jsonl":
         with open(file.fetch(), "rb") as opened:
             opened.seek(start)
             while line := opened.readline(MAX_BYTES):  # an endless one comes in pieces, which are no JSON
-                yield opened.tell(), parse_json(line) if line.strip() else {}
+                yield opened.tell(), parse_json(line) if line.strip() else None
     else:
         read = {"csv": csv_rows, "rows": parquet_rows}.get(file.kind)
         samples = (sample for _, sample in group(((name, name) for name, _ in file.members), fields))
@@ -337,7 +337,7 @@ def csv_rows(path: Path):
             try:
                 row = dict(zip(header, next(reader)))
                 "".join(row.values()).encode()
-                yield row
+                yield row or None
             except StopIteration:
                 return
             except csv.Error:  # an endless field
@@ -373,7 +373,7 @@ def read_lines(part: Part, file: File, fields: Fields):
             if not listed and isinstance(line, dict):
                 name = next(iter(line.values()))
                 yield name, *read_sample(line, functools.partial(read_inside, root), fields)
-            elif raised(line):
+            elif raised(line) is not None:
                 texts = fields.captions(line)
                 if not isinstance(line.get(key), str):
                     raise Reject("no file name in this row")
@@ -445,6 +445,8 @@ def group(members, fields: Fields):
         for sample in samples:
             images = [extension for extension in sample if extension in IMAGE_EXTENSIONS]
             complete = images and {"txt", "json"} & sample.keys()
+            if "." in file and not complete:
+                fields.see(f"{file}.{extension}".partition(".")[2] for extension in sample)
             if owner is samples[0] or complete or not owner.keys() & {*IMAGE_EXTENSIONS, fields.image}:
                 more = [] if fields.image else images[1:]
                 yield key, {extension: member for extension, member in sample.items() if extension not in more}
