@@ -29,10 +29,10 @@ from data.shards import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "jpe", "jfif",
                     "tif", "tiff", "avif", "heic", "heif", "jxl", "jp2")  # images too, but not read: counted as such
-IMAGE_FIELDS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
-LONG_FIELDS = ("text_long", "long_text", "long_caption", "caption_long", "text", "caption", "txt", "prompt",
-               "description")
-SHORT_FIELDS = ("text_short", "short_text", "short_caption", "caption_short")
+USUAL = {"image": ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes"),  # names of fields
+         "long": ("text_long", "long_text", "long_caption", "caption_long", "text", "caption", "txt", "prompt",
+                  "description"),
+         "short": ("text_short", "short_text", "short_caption", "caption_short")}
 METADATA = {"metadata.jsonl": "jsonl", "metadata.csv": "csv", "metadata.parquet": "rows"}  # of a folder, the first
 LITTER = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")  # how gz, bz2, xz, zst, zip begin
@@ -72,12 +72,19 @@ class Fields:
         self.seen |= dict.fromkeys(list(names)[:20 - len(self.seen)])
 
     def names(self, what: str) -> tuple:
-        given, usual = getattr(self, what), {"image": IMAGE_FIELDS, "long": LONG_FIELDS, "short": SHORT_FIELDS}[what]
-        return (given,) if given else usual
+        return (getattr(self, what),) if getattr(self, what) else USUAL[what]
 
 
 def first_text(values) -> str:
     return next((v for v in values if isinstance(v, str) and v.strip()), "")
+
+
+def attempt(name: str, read, *args) -> tuple:
+    """(name, *read(*args)), which are the image bytes and the captions, or (name, Reject, None)."""
+    try:
+        return name, *read(*args)
+    except Reject as reason:
+        return name, reason, None
 
 
 # ---- the Hugging Face hub --------------------------------------------------------------------------------------------
@@ -312,18 +319,21 @@ def lines_of(file: File, fields: Fields, start: int = 0):
         with open(file.fetch(), "rb") as opened:
             opened.seek(start)
             while line := opened.readline(MAX_BYTES):  # an endless one comes in pieces, which are no JSON
-                yield opened.tell(), parse_json(line) if line.strip() else None
+                try:
+                    yield opened.tell(), parse_json(line) if line.strip() else None
+                except Reject as reason:
+                    yield opened.tell(), reason
     else:
         read = {"csv": csv_rows, "rows": parquet_rows}.get(file.kind)
         samples = (sample for _, sample in group(((name, name) for name, _ in file.members), fields))
         yield from itertools.islice(enumerate(read(file.fetch()) if read else samples, 1), start, None)
 
 
-def parse_json(data: bytes) -> dict | Reject:
+def parse_json(data: bytes) -> dict:
     try:
         return dict(**json.loads(data))
     except (ValueError, TypeError, RecursionError):  # no JSON, no object, nested without end
-        return Reject("bad metadata")
+        raise Reject("bad metadata") from None
 
 
 def csv_rows(path: Path):
@@ -364,32 +374,25 @@ def read_lines(part: Part, file: File, fields: Fields):
     lines = lambda: itertools.islice(lines_of(file, fields, part.start), part.lines)
     if part.folder:
         found = [line for _, line in lines() if isinstance(line, dict)]
-        names = [name for line in found for name in ([line.get(key)] if listed else line.values())]
-        download(part, [(folder / form).as_posix() for name in names for form in forms(str(name))])
+        names = {(folder / form).as_posix() for line in found for name in ([line.get(key)] if listed else line.values())
+                 for form in forms(str(name))}
+        with concurrent.futures.ThreadPoolExecutor(DOWNLOADS) as pool:
+            fetch = functools.partial(file.repository.download, folder=part.folder)
+            collections.deque(pool.map(fetch, sorted(names & file.repository.files.keys())), 0)
     root = (part.folder / folder if part.folder else file.path.parent if listed else file.path).resolve()
+    read = functools.partial(read_inside, root)
     for number, (position, line) in enumerate(lines(), part.line):
         part.done, name = position - part.start, f"{file.name}:{number}"
-        try:
-            if not listed and isinstance(line, dict):
-                name = next(iter(line.values()))
-                yield name, *read_sample(line, functools.partial(read_inside, root), fields)
-            elif raised(line) is not None:
-                texts = fields.captions(line)
-                if not isinstance(line.get(key), str):
-                    raise Reject("no file name in this row")
-                name = (folder / line[key]).as_posix()
-                yield name, read_inside(root, line[key]), texts
-        except Reject as reason:
-            yield name, reason, None
-
-
-def download(part: Part, names: list[str]) -> None:
-    """Fetches files, as far as the repository has them."""
-    repository = part.files[0].repository
-    names = [name for name in dict.fromkeys(names) if name in repository.files]
-    with concurrent.futures.ThreadPoolExecutor(DOWNLOADS) as pool:
-        for _ in pool.map(lambda name: repository.download(name, part.folder), names):
-            pass
+        if not listed and isinstance(line, dict):
+            yield attempt(next(iter(line.values())), read_sample, line, read, fields)
+        elif isinstance(line, Reject):
+            yield name, line, None
+        elif line is not None:
+            image, texts = line.get(key), fields.captions(line)
+            if isinstance(image, str):
+                yield attempt((folder / image).as_posix(), lambda image, texts: (read(image), texts), image, texts)
+            else:
+                yield name, Reject("no file name in this row"), None
 
 
 def forms(name: str) -> list[str]:
@@ -405,9 +408,9 @@ def read_inside(root: Path, name: str) -> bytes:
         try:
             if not (Path(os.path.normpath(file)).is_relative_to(root) or file.resolve().is_relative_to(root)):
                 raise Reject("outside the folder")
+            if file.is_file() and file.stat().st_size > MAX_BYTES:
+                raise Reject("too many bytes")
             if file.is_file():
-                if file.stat().st_size > MAX_BYTES:
-                    raise Reject("too many bytes")
                 return file.read_bytes()
         except PermissionError:
             raise Reject("unreadable file") from None
@@ -457,6 +460,8 @@ def read_sample(members: dict, read, fields: Fields) -> tuple[bytes, dict]:
     """(image bytes, captions) of {extension: member}; `read` returns a member's bytes. KEY.txt, where it is not empty,
     is the long caption, unless the user named another file or a key of KEY.json. A caption that cannot be read is the
     reason only where there is no other."""
+    if isinstance(members, Reject):
+        raise members
     wanted = (fields.image, fields.image.lower()) if fields.image else IMAGE_EXTENSIONS
     image = next((member for extension, member in members.items() if extension in wanted), None)
     if image is None:
@@ -466,7 +471,7 @@ def read_sample(members: dict, read, fields: Fields) -> tuple[bytes, dict]:
     for extension in ("json", "txt", fields.long, fields.short):
         try:
             if extension == "json" and extension in members:
-                info |= raised(parse_json(read(members[extension])))
+                info |= parse_json(read(members[extension]))
             elif extension in members:
                 info[extension] = read(members[extension]).decode("utf-8-sig")
         except UnicodeDecodeError:
@@ -479,13 +484,6 @@ def read_sample(members: dict, read, fields: Fields) -> tuple[bytes, dict]:
     if problem and not texts["long"]:
         raise problem
     return read(image), texts
-
-
-def raised(x):
-    """x, unless it is a reason."""
-    if isinstance(x, Reject):
-        raise x
-    return x
 
 
 # ---- WebDataset tars -------------------------------------------------------------------------------------------------
@@ -509,10 +507,7 @@ def read_tar(part: Part, file: File, before: int, fields: Fields):
 
             damage = []
             for key, sample in group(members_of(data, damage), fields):
-                try:
-                    yield f"{file.name}:{key}", *read_sample(raised(sample), read, fields)
-                except Reject as reason:
-                    yield f"{file.name}:{key}", reason, None
+                yield attempt(f"{file.name}:{key}", read_sample, sample, read, fields)
             if damage:
                 yield file.name, Reject(BROKEN_TAR), None
     except OSError:
@@ -543,15 +538,9 @@ def members_of(data, damage: list):
         damage.append(error)
 
 
-def samples_in(file: File, fields: Fields, look: int = 100) -> float:
-    """About how many samples a tar holds, by the size of its first ones."""
-    keys = set()
+def samples_in(file: File, fields: Fields) -> int:
     with open(file.path, "rb") as data:
-        for name, (offset, _) in members_of(data, []):
-            keys.add((split_name(name, fields) or [""])[0])
-            if len(keys) > look:
-                return look * file.bytes / offset
-    return len(keys)
+        return sum(1 for _ in group(members_of(data, []), fields))
 
 
 # ---- Parquet ---------------------------------------------------------------------------------------------------------
@@ -601,11 +590,7 @@ def read_parquet(part: Part, file: File, before: int, fields: Fields, needs_capt
         with pq.ParquetFile(path, pre_buffer=False) as table:  # or a whole row group is read ahead
             for batch in table.iter_batches(PARQUET_ROWS, columns=list(itertools.chain(*columns.values()))):
                 for i in range(batch.num_rows):
-                    name = f"{file.name}:{row}"
-                    try:
-                        yield name, *read_row(batch, i, columns)
-                    except Reject as reason:
-                        yield name, reason, None
+                    yield attempt(f"{file.name}:{row}", read_row, batch, i, columns)
                     row += 1
                     part.done = before + file.bytes * row // rows
     except UserError:
@@ -617,11 +602,9 @@ def read_parquet(part: Part, file: File, before: int, fields: Fields, needs_capt
 def read_row(batch, i: int, columns: dict) -> tuple[bytes, dict]:
     """(image bytes, captions) of row i of a record batch: the first content in the columns, whose names may repeat."""
     def values(what):
-        for name in columns[what]:
-            for column, its_name in zip(batch.columns, batch.schema.names):
-                if its_name == name:
-                    value = column[i].as_py()
-                    yield value.get("bytes") if isinstance(value, dict) else value
+        for column in (n for name in columns[what] for n in batch.schema.get_all_field_indices(name)):
+            value = batch.column(column)[i].as_py()
+            yield value.get("bytes") if isinstance(value, dict) else value
 
     try:
         texts = {what: first_text(v.decode() if isinstance(v, bytes) else v for v in values(what))
