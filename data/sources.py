@@ -378,7 +378,7 @@ def read_lines(part: Part, file: File, fields: Fields):
                  for form in forms(str(name))}
         with concurrent.futures.ThreadPoolExecutor(DOWNLOADS) as pool:
             fetch = functools.partial(file.repository.download, folder=part.folder)
-            collections.deque(pool.map(fetch, sorted(names & file.repository.files.keys())), 0)
+            list(pool.map(fetch, sorted(names & file.repository.files.keys())))
     root = (part.folder / folder if part.folder else file.path.parent if listed else file.path).resolve()
     read = functools.partial(read_inside, root)
     for number, (position, line) in enumerate(lines(), part.line):

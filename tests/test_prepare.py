@@ -178,7 +178,7 @@ def test_the_last_line_is_the_next_command_and_limit_stops_early(tmp_path, capsy
     assert prep.prepare(source, tmp_path / "out", limit=2, eval_share=0)["count"] == 2
     printed = capsys.readouterr().out.splitlines()
     assert printed[-2].startswith("kept 2 of 2 images, 2 samples for training and 0 for evaluation, 1 shards, 0.0 MB")
-    assert printed[-1] == f"{sys.executable} {ROOT / 'train_prx.py'} --track micro --data {tmp_path / 'out'}"
+    assert printed[-1] == shards.command("train_prx.py", "--track", "micro", "--data", tmp_path / "out")
     assert "warning: 0 of 2 images are held out" in printed[-3] and "--overwrite --eval-share 0.5" in printed[-3]
 
 
