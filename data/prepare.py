@@ -712,7 +712,7 @@ def estimate(out: Path, parts: list[Part], others: list[str], s: Settings, netwo
             print(f"{file.name} lists {n} images, and its folder holds {file.images}: the others are left out")
     if others:
         endings = collections.Counter(Path(name).suffix or "no ending" for name in others).most_common(8)
-        print(f"passed over {len(others)} other files ({', '.join(f'{ending}: {n}' for ending, n in endings)})")
+        print(f"passed over {len(others)} other file(s) ({', '.join(f'{ending}: {n}' for ending, n in endings)})")
     samples, each = count_samples(parts, s, bool(networks.captioner)), bytes_per_sample(s, networks)
     while not out.exists():
         out = out.parent

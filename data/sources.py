@@ -225,14 +225,17 @@ def walk(folder: Path) -> dict[str, int]:
 
     found, seen = {}, set(Path(folder).resolve().parents)
     for path, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        if (real := Path(path).resolve()) in seen:  # a link in a circle
+        real, within = Path(path).resolve(), Path(path).relative_to(folder).as_posix()
+        if real in seen:  # a link in a circle
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not is_litter(name))
-        for file in (Path(path, name) for name in files if not is_litter(name)):
-            if file.is_file() or file.is_symlink():  # a link to nowhere is counted as missing
-                found[file.relative_to(folder).as_posix()] = file.stat().st_size if file.is_file() else 0
+        for name in files:
+            file = os.path.join(path, name)
+            if not is_litter(name) and (os.path.isfile(file) or os.path.islink(file)):  # one to nowhere will be missing
+                size = os.path.getsize(file) if os.path.isfile(file) else 0
+                found[name if within == "." else f"{within}/{name}"] = size
     return found
 
 
@@ -256,8 +259,8 @@ def list_files(source: str, downloads: Path) -> tuple[list[File], list[str]]:
         files, others = files + chosen, others + left
     if not files:
         endings = ", ".join(sorted({split_path(name)[2] for name in others})[:10]) or "none"
-        raise UserError(f"{source} has nothing to read among its {len(others)} files (endings: {endings}); SOURCE is "
-                        f"{KINDS}")
+        raise UserError(f"{source} has nothing to read among its {len(others)} file(s) (endings: {endings}); SOURCE "
+                        f"is {KINDS}")
     return files, others
 
 
@@ -266,23 +269,24 @@ def choose(found: dict[str, int], root: Path, repository: Repository | None) -> 
     files, or where there are none the images themselves."""
     names = {name: split_path(name) for name in sorted(found)}
     tables = {folder: name for kind in reversed(METADATA) for name, (folder, file, _) in names.items() if file == kind}
-    images = {name: next((str(p) for p in PurePosixPath(name).parents if str(p) in tables), None)
-              for name, (_, _, extension) in names.items() if extension in IMAGE_EXTENSIONS}
-    listed = collections.Counter(images.values())
+    images = collections.Counter(folder for folder, _, kind in names.values() if kind in IMAGE_EXTENSIONS)
+    nearest = {folder: next((str(p) for p in PurePosixPath(folder, "x").parents if str(p) in tables), None)
+               for folder in images}  # the folder whose metadata lists the images of a folder
     # img2dataset leaves 00000.parquet, without images, beside 00000.tar or the folder 00000
-    twins = {name[:-4] for name in names if names[name][2] == "tar"} | {names[name][0] for name in images}
+    twins = {name[:-4] for name in names if names[name][2] == "tar"} | images.keys()
     files, others = [], []
     for name, (folder, file, kind) in names.items():
         if tables.get(folder) == name:
-            files.append(File(METADATA[file], name, found[name], root / name, repository, listed[folder]))
+            count = sum(images[below] for below in images if nearest[below] == folder)
+            files.append(File(METADATA[file], name, found[name], root / name, repository, count))
         elif kind == "tar" or kind == "parquet" and file not in METADATA and name[:-8] not in twins:
             files.append(File(kind, name, found[name], root / name, repository))
-        elif not images.get(name):
+        elif kind not in IMAGE_EXTENSIONS or not nearest[folder]:
             others.append(name)
     if images and not files:
         members = tuple((n, found[n]) for n in names if names[n][2] in (*IMAGE_EXTENSIONS, "txt", "json"))
         name = repository.id if repository else root.resolve().name
-        files = [File("images", name, sum(size for _, size in members), root, repository, len(images), members)]
+        files = [File("images", name, sum(size for _, size in members), root, repository, images.total(), members)]
         others = [name for name in others if name not in dict(members)]
     return files, others
 
@@ -390,7 +394,7 @@ def read_lines(part: Part, file: File, fields: Fields):
         elif line is not None:
             image, texts = line.get(key), fields.captions(line)
             if isinstance(image, str):
-                yield attempt((folder / image).as_posix(), lambda image, texts: (read(image), texts), image, texts)
+                yield attempt((folder / image).as_posix(), lambda: (read(image), texts))
             else:
                 yield name, Reject("no file name in this row"), None
 

@@ -374,7 +374,7 @@ def test_what_is_not_read_is_said(tmp_path, capsys):
     prep.prepare(source, tmp_path / "out", eval_share=0)
     printed = capsys.readouterr().out
     assert "metadata.jsonl lists 3 images, and its folder holds 5: the others are left out" in printed
-    assert "passed over 4 other files (.zip: 2, no ending: 1, .md: 1)" in printed
+    assert "passed over 4 other file(s) (.zip: 2, no ending: 1, .md: 1)" in printed
 
 
 def test_images_of_rare_shapes_are_said(tmp_path, capsys, monkeypatch):

@@ -772,6 +772,6 @@ def test_what_is_no_repository_or_has_nothing_to_read_is_said_in_one_sentence(tm
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: type("Info", (), {"sha": "0" * 40}))
     tree = [huggingface_hub.RepoFile(path=p, size=1, oid="0") for p in ("a.zip", "b/c.csv")]
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_tree", lambda *a, **k: iter(tree))
-    with pytest.raises(UserError, match=r"nothing to read among its 2 files .*csv, zip"):
+    with pytest.raises(UserError, match=r"nothing to read among its 2 file\(s\) .*csv, zip"):
         prep.prepare("hf://owner/name", tmp_path / "out")
     assert not (tmp_path / "out").exists()

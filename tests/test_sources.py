@@ -324,7 +324,7 @@ def test_the_same_folder_however_it_is_written(in_tmp):
 def test_nothing_to_read_says_what_there_is(in_tmp):
     write({"a/1.zip": b"x", "a/notes.pdf": b"x"})
     for source in ("a", "a/1.zip", "a/*"):
-        with pytest.raises(UserError, match=r"has nothing to read among its \d files \(endings: .*zip\)"):
+        with pytest.raises(UserError, match=r"has nothing to read among its \d file\(s\) \(endings: .*zip\)"):
             read(source)
 
 
