@@ -764,7 +764,7 @@ def finish(out: Path, job: dict, s: Settings, given: list[str], parts: list[Part
             all_of = skipped.setdefault(reason, {"count": 0, "first": []})
             all_of["count"] += entry["count"]
             all_of["first"] = (all_of["first"] + entry["first"])[:NAMES_KEPT]
-    lost = [np.array(record["lost"], np.int64) for record in records]  # ordinals of images, as in gone
+    lost = [np.array(record.get("lost", []), np.int64) for record in records]  # ordinals of images, as in gone
     gone = [np.setdiff1d(row["sample"][drop], x) for row, drop, x in zip(rows, dropped, lost)]
     for row, drop, x in zip(rows, dropped, lost):
         drop |= np.isin(row["sample"], x)
@@ -992,7 +992,8 @@ def run_parts(parts: list[Part], work: Path, s: Settings, networks: Networks, sh
         progress.finished(part, fresh)
         if part.number == 0 and len(parts) > 1 and not record["kept"] and record["skipped"].keys() <= ADVICE.keys():
             counts = {reason: entry["count"] for reason, entry in record["skipped"].items()}
-            fail(work, nothing_usable([file.name for file in part.files], [part], counts, 0, record["fields"]))
+            first = f"the first part of the source, from {part.files[0].name} on"
+            fail(work, nothing_usable([first], [part], counts, 0, record["fields"]))
         if s.limit:
             kept += record["kept"]
             if kept >= s.limit:

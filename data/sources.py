@@ -144,7 +144,7 @@ class File:
     there is none, the folder itself (images), with captions in .txt or .json files beside them.
 
     `name`: in the source; no path of this machine. images: how many there are in the folder of a metadata file.
-    members: (name, bytes) of the images and captions in a folder of kind images."""
+    members: the names of the images and captions in a folder of kind images."""
 
     kind: str
     name: str
@@ -284,10 +284,10 @@ def choose(found: dict[str, int], root: Path, repository: Repository | None) -> 
         elif kind not in IMAGE_EXTENSIONS or not nearest[folder]:
             others.append(name)
     if images and not files:
-        members = tuple((n, found[n]) for n in names if names[n][2] in (*IMAGE_EXTENSIONS, "txt", "json"))
+        members = {n: found[n] for n in names if names[n][2] in (*IMAGE_EXTENSIONS, "txt", "json")}
         name = repository.id if repository else root.resolve().name
-        files = [File("images", name, sum(size for _, size in members), root, repository, images.total(), members)]
-        others = [name for name in others if name not in dict(members)]
+        files = [File("images", name, sum(members.values()), root, repository, images.total(), tuple(members))]
+        others = [name for name in others if name not in members]
     return files, others
 
 
@@ -329,7 +329,7 @@ def lines_of(file: File, fields: Fields, start: int = 0):
                     yield opened.tell(), reason
     else:
         read = {"csv": csv_rows, "rows": parquet_rows}.get(file.kind)
-        samples = (sample for _, sample in group(((name, name) for name, _ in file.members), fields))
+        samples = (sample for _, sample in group(zip(file.members, file.members), fields))
         yield from itertools.islice(enumerate(read(file.fetch()) if read else samples, 1), start, None)
 
 

@@ -181,7 +181,7 @@ def test_captions_of_other_kinds_are_not_hidden(tmp_path, capsys):
         for name in ("a.png", ".cache/hidden.png"):
             picture(0, 60, 60).save(tmp_path / kind / name)
         (tmp_path / kind / kind).write_text("by hand")
-        with pytest.raises(UserError, match=rf"holds captions in {kind}, which a metadata.jsonl would hide; .*--caption some"):
+        with pytest.raises(UserError, match=rf"holds captions in {kind}, which a metadata.jsonl would hide; .*--cap"):
             C.caption_folder(tmp_path / kind, "some/model")
         assert not (tmp_path / kind / "metadata.jsonl").exists()
 

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from conftest import ROOT
+from safetensors.torch import load_file
 from test_prepare import encode, folder, picture, run
 
 import train_prx as T
 
 # These wait for a change of TextEncoder and VAE in train_prx.py: remove this line with it.
 pytestmark = pytest.mark.skip(reason="waits for TextEncoder and VAE")
-
-TINY = ROOT / "data/networks/text"
 
 
 def words(path, **tokens):
@@ -80,8 +78,8 @@ def autoencoders(tmp_path_factory):
     import diffusers
 
     root = tmp_path_factory.mktemp("autoencoders")
-    diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
-                              num_decoder_blocks=(1, 1)).save_pretrained(root / "tiny")
+    diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+                              num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(root / "tiny")
     diffusers.VQModel(block_out_channels=(8,), norm_num_groups=4).save_pretrained(root / "vq")
     diffusers.UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
                           down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2).save_pretrained(
@@ -105,7 +103,7 @@ def test_latents_by_a_decoder_only_model_are_prepared_and_trained_on(encoders, t
 
     images = {f"{i}.png": encode(picture(i)) for i in range(4)}
     source = folder(tmp_path / "in", images, [{"file_name": name, "text": "a red ring"} for name in images])
-    index = prep.prepare(source, tmp_path / "out", store="image,text", text=str(encoders / "qwen3"), text_tokens=12, eval_share=0)
+    index = prep.prepare(source, tmp_path / "out", store="image,text", text=str(encoders / "qwen3"), text_tokens=12,
+                         eval_share=0)
     assert index["text"] == {"text": "qwen3", "width": 16, "max_tokens": 12}
-    from safetensors.torch import load_file
     assert load_file(tmp_path / "out/empty.safetensors")["text"].shape == (1, 16)

@@ -313,7 +313,10 @@ def odd_image(kind: str, i: int) -> bytes | None:
             "no caption": lambda: encode(picture(i))}[kind]()
 
 
-@pytest.mark.parametrize("kind", ["too small", "another format", "cut", "no image", "missing", "the same", "no caption"])
+ODD_IMAGES = ["too small", "another format", "cut", "no image", "missing", "the same", "no caption"]
+
+
+@pytest.mark.parametrize("kind", ODD_IMAGES)
 @pytest.mark.parametrize("source", ["folder", "tar"])
 def test_good_images_behind_a_hundred_bad_ones_are_kept(tmp_path, capsys, kind, source):
     bad = {f"{i:03d}": odd_image(kind, i) for i in range(110)}
@@ -332,7 +335,8 @@ def test_good_images_behind_a_hundred_bad_ones_are_kept(tmp_path, capsys, kind, 
     assert kept == (["a caption of 000"] if kind == "the same" else []) + expected
     reason = {"too small": "smaller than --min-size", "another format": "not a JPEG, PNG, WebP, GIF or BMP image",
               "cut": "broken image", "no image": "not a JPEG, PNG, WebP, GIF or BMP image", "the same": "duplicate",
-              "missing": "missing file" if source == "folder" else "no image under this key", "no caption": "no caption"}
+              "missing": "missing file" if source == "folder" else "no image under this key",
+              "no caption": "no caption"}
     counts = json.loads((tmp_path / "out/index.json").read_text())["skipped"]
     assert counts == {reason[kind]: 109 if kind == "the same" else 110}
 
@@ -341,7 +345,7 @@ LACKS = {
     "another key": (lambda i: {"image": f"{i}.png", "text": "x"}, {},
                     r"no file name in this row: 12\); their fields are image, text: name one with --image-field$"),
     "another field": (lambda i: {"file_name": f"{i}.png", "words": "x"}, {},
-                      r"no caption: 12\); their fields are file_name, words: name one with --long-field; --caption MODEL"),
+                      r"no caption: 12\); their fields are file_name, words: name one with --long-field; --caption"),
     "small images": (lambda i: {"file_name": f"{i}.png", "text": "x"}, {"size": 64}, r"smaller than --min-size: 12\)$"),
     "all and one more": (lambda i: {"file": "x"} if i else {"file_name": "0.png"}, {},
                          "no caption: 1, no file name in this row: 11.*name one with --long-field or --image-field")}
@@ -362,7 +366,7 @@ def test_advice_fits_the_reason_also_after_the_first_of_several_parts(tmp_path, 
 
 def test_advice_for_a_tar_names_the_endings_that_were_met(tmp_path):
     source = tar(tmp_path / "a.tar", [(f"{i}.{x}", b"x") for i in range(3) for x in ("picture", "words")])
-    with pytest.raises(prep.UserError, match="no image under this key: 3.*fields are picture, words: name one with --image"):
+    with pytest.raises(prep.UserError, match="under this key: 3.*fields are picture, words: name one with --image"):
         prep.prepare(source, tmp_path / "out")
     assert "--caption" not in prep.nothing_usable(["a"], [], {"no image under this key": 3}, 0, ["picture"])
 
@@ -389,13 +393,19 @@ def test_images_of_rare_shapes_are_said(tmp_path, capsys, monkeypatch):
 
 
 FOREIGN = {
-    "Chinese": ("一只红色的猫坐在蓝色的沙发上", False), "Japanese": ("赤い帽子をかぶった猫が椅子に座っている", False),
-    "Chinese with some English": ("a cat 一只红色的猫坐在蓝色的沙发上", False), "percent-encoded": ("%E7%8C%AB %E7%8C%AB", False),
+    "Chinese": ("一只红色的猫坐在蓝色的沙发上", False),
+    "Japanese": ("赤い帽子をかぶった猫が椅子に座っている", False),
+    "Chinese with some English": ("a cat 一只红色的猫坐在蓝色的沙发上", False),
+    "percent-encoded": ("%E7%8C%AB %E7%8C%AB", False),
     "strokes and compatibility": ("㐀㐁㐂 ㇰㇱ 㒀", False),
     "English with a Chinese word": ("a neon sign that reads 拉面 in a narrow street at night", True),
-    "Russian": ("красная кошка сидит на диване", True), "Korean": ("빨간 고양이가 소파에 앉아 있다", True),
-    "Arabic": ("قطة حمراء على الأريكة", True), "Thai": ("แมวสีแดงบนโซฟา", True), "Greek": ("μια κόκκινη γάτα", True),
-    "accents": ("une étoile déjà gelée, où l'œil se noie", True), "mojibake": ("une Ã©toile dÃ©jÃ\xa0 gelÃ©e", True),
+    "Russian": ("красная кошка сидит на диване", True),
+    "Korean": ("빨간 고양이가 소파에 앉아 있다", True),
+    "Arabic": ("قطة حمراء على الأريكة", True),
+    "Thai": ("แมวสีแดงบนโซฟา", True),
+    "Greek": ("μια κόκκινη γάτα", True),
+    "accents": ("une étoile déjà gelée, où l'œil se noie", True),
+    "mojibake": ("une Ã©toile dÃ©jÃ\xa0 gelÃ©e", True),
     "full width": ("Ａ ＲＥＤ ＣＡＴ", True), "ligatures": ("a ﬁne oﬃce ﬂoor", True),
     "an address": ("a cat, https://example.com/a/very/long/address/that/is/longer/than/the/caption", True),
     "a hashtag": ("@somebody_with_a_name a cat #sunset", True)}
@@ -416,7 +426,8 @@ def test_a_caption_whose_letters_the_cleaning_removes_is_counted_under_its_own_r
 
 def test_a_foreign_short_caption_spoils_no_sample(tmp_path, capsys):
     images = {f"{i}.png": encode(picture(i)) for i in range(3)}
-    lines = [{"file_name": "0.png", "text": "a cat", "text_short": "猫"}, {"file_name": "1.png", "text": "红色的猫"},
+    lines = [{"file_name": "0.png", "text": "a cat", "text_short": "猫"},
+             {"file_name": "1.png", "text": "红色的猫"},
              {"file_name": "2.png", "text": "a dog", "text_short": "x" * 20_000}]
     prep.prepare(folder(tmp_path / "in", images, lines), tmp_path / "out", eval_share=0)
     assert texts(tensors(tmp_path / "out"), "long") == ["a cat", "a dog"]
@@ -608,7 +619,7 @@ def test_the_index_is_moved_into_place_last(tmp_path, monkeypatch):
     ("a bottle of no. 5 perfume. the light is soft.", "a bottle of no. 5 perfume."),
     ("the flag of the u. s. over a house. blue sky.", "the flag of the u. s. over a house."),
     ("a man reads j. r. r. tolkien in bed. he yawns.", "a man reads j. r. r. tolkien in bed."),
-    ("an old sign of smith and sons (est. 1890) on brick. rust.", "an old sign of smith and sons (est. 1890) on brick."),
+    ("an old sign of smith & sons (est. 1890) on brick. rust.", "an old sign of smith & sons (est. 1890) on brick."),
     ("a view of the prof. z. b. building and its yard. trees.", "a view of the prof. z. b. building and its yard."),
     ("5 p. m. in the old town, gen. lee on a horse! a crowd.", "5 p. m. in the old town, gen. lee on a horse!"),
     ("a photograph taken at f/1.8 in the evening? nobody knows.", "a photograph taken at f/1.8 in the evening?"),
@@ -619,7 +630,8 @@ def test_the_first_sentence_is_whole(text, short):
 
 def test_the_first_sentence_serves_as_a_short_caption(tmp_path):
     images = {f"{i}.png": encode(picture(i)) for i in range(2)}
-    lines = [{"file_name": "0.png", "text": "A red ring of Dr. Chen. It lies on blue."}, {"file_name": "1.png", "text": "one"}]
+    lines = [{"file_name": "0.png", "text": "A red ring of Dr. Chen. It lies on blue."},
+             {"file_name": "1.png", "text": "one"}]
     index = prep.prepare(folder(tmp_path / "in", images, lines), tmp_path / "out", eval_share=0.0,
                          short_field="first-sentence")
     assert index["captions"] == ["long", "short"]

@@ -148,6 +148,9 @@ def test_three_kinds_of_source_give_the_same_shards(three):
         assert not (three / f"out-{kind}" / ".prepare").exists()
 
 
+KINDS_OF_LIST = ("csv", "parquet", "txt")
+
+
 def as_images(path: Path, samples, metadata: str) -> Path:
     """A folder of images with metadata.csv or .parquet, or with KEY.txt and KEY.json beside each."""
     path.mkdir(parents=True)
@@ -192,7 +195,7 @@ def test_seven_layouts_of_the_same_images_give_the_same_bytes(samples, tmp_path,
                                                                          if k != "index.json"}, kind
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet", "txt"])
+@pytest.mark.parametrize("kind", KINDS_OF_LIST)
 def test_a_job_of_any_list_goes_on_after_its_last_part(samples, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(sources, "PART_LINES", 9)
     source, write = as_images(tmp_path / "in", samples[:30], kind), prep.PartWriter.close
@@ -226,7 +229,7 @@ def test_two_processes_do_not_prepare_the_same_folder(samples, tmp_path, monkeyp
     def second(*args):
         monkeypatch.setattr(prep, "run_parts", run_parts)
         for again in (dict(), dict(overwrite=True), dict(size=16)):
-            with pytest.raises(UserError, match=f"another process is preparing {out}: wait for it, or take another --out"):
+            with pytest.raises(UserError, match=f"another process is preparing {out}: wait for it, or take another"):
                 prep.prepare(source, out, eval_share=0, **again)
         return run_parts(*args)
     run_parts = prep.run_parts
@@ -635,7 +638,7 @@ def test_fields_are_found_by_usual_names_or_named_and_otherwise_listed(samples, 
     source = as_folder(tmp_path / "in", samples[:120])
     lines = (source / "metadata.jsonl").read_text().replace('"text"', '"words"').replace('"file_name"', '"file"')
     (source / "metadata.jsonl").write_text(lines)
-    with pytest.raises(UserError, match="no caption: 120.* fields are file, words, text_short: name one with --long-field"):
+    with pytest.raises(UserError, match="no caption: 120.* fields are file, words, text_short: name one with --long"):
         prep.prepare(source, tmp_path / "two", image_field="file")
     assert prep.prepare(source, tmp_path / "two", image_field="file", long_field="words", eval_share=0)["count"] == 120
 
@@ -755,14 +758,19 @@ def test_a_repository_is_downloaded_part_by_part_and_a_killed_download_goes_on(s
 def test_a_folder_of_images_on_the_hub_and_a_missing_repository(samples, tmp_path, hub):
     source = as_folder(tmp_path / "in", samples[:12])
     Hub.files = {f"train/{p.name}": p.read_bytes() for p in sorted(source.iterdir()) if p.name != samples[3][0]}
+    for kind in KINDS_OF_LIST:
+        for path in as_images(tmp_path / kind, samples[20:26], kind).iterdir():
+            Hub.files[f"other/{kind}/a/{path.name}"] = path.read_bytes()
     Hub.stall = ""
     process = from_hub(hub, 1, ("hf://gone/set", "--out", tmp_path / "gone"),
-                       ("hf://good/set", "--out", tmp_path / "out", "--eval-share", "0"))
+                       *((f"hf://good/set/other/{kind}", "--out", tmp_path / f"out-{kind}") for kind in KINDS_OF_LIST),
+                       ("hf://good/set/train", "--out", tmp_path / "out", "--eval-share", "0"))
     printed, error = process.communicate()
     assert process.returncode == 0, error
     assert "skipped 1: missing file ('train/00003.png')" in printed and "kept 11 of 12" in printed
     assert error.count("\n") == 1 and "hf://gone/set cannot be read (404" in error and "hf auth login" in error
     assert not (tmp_path / "gone").exists() and not (tmp_path / "out" / ".prepare").exists()
+    assert printed.count("kept 6 of 6") == 3
 
 
 def test_what_is_no_repository_or_has_nothing_to_read_is_said_in_one_sentence(tmp_path, monkeypatch):
