@@ -3,16 +3,15 @@
     python data/caption.py photos/ --model Qwen/Qwen2.5-VL-7B-Instruct     # writes photos/metadata.jsonl
     python data/prepare.py photos/ --out shards --size 256                 # which this then reads
 
-Every JPEG, PNG and WebP image in the folder and its subfolders that has no `text` in metadata.jsonl (the Hugging Face
-ImageFolder convention) gets a line {"file_name": ..., "text": a long caption, "text_short": a short one}. Lines are
-appended image by image: a run that was stopped goes on where it stopped, and captions that are there are kept. Other
-fields of an image's line are copied to its new line. Bad images are named and skipped. On a GPU in BF16, else in FP32.
+Every image in the folder and its subfolders that has no `text` in metadata.jsonl (the Hugging Face ImageFolder
+convention) gets a line {"file_name": ..., "text": a long caption, "text_short": a short one}. Lines are appended image
+by image: a run that was stopped goes on where it stopped, and captions that are there are kept. Other fields of an
+image's line are copied to its new line. Bad images are named and skipped. On a GPU in BF16, else in FP32.
 """
 
 import argparse
 import functools
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.shards import UserError, read_picture  # noqa: E402
-from data.sources import IMAGE_EXTENSIONS  # noqa: E402
+from data.shards import UserError, command, read_picture  # noqa: E402
+from data.sources import IMAGE_EXTENSIONS, split_path, walk  # noqa: E402
 
 MAX_SIDE = 1024  # pixels; larger images are shrunk: tokens and time grow with the area, captions gain little (a guess)
 PROMPTS = {  # kind: (instruction, most new tokens); long ones are about as long as PRX part 2's, about 160 words
@@ -138,11 +137,15 @@ def caption_folder(folder, name: str, device="cpu", batch_size: int = 8) -> tupl
         raise UserError(f"{folder} is not a folder; give one that holds images")
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}: give 1 or more")
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")
-                   if p.suffix.lower()[1:] in IMAGE_EXTENSIONS and p.is_file() and not p.name.startswith("."))
+    found = walk(folder)
+    names = sorted(name for name in found if split_path(name)[2] in IMAGE_EXTENSIONS)
     if not names:
         raise UserError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}, subfolders included)")
     metadata = folder / "metadata.jsonl"
+    beside = [f"{name.rpartition('.')[0]}.txt" for name in names] + ["metadata.csv", "metadata.parquet"]
+    if not metadata.exists() and (hidden := [name for name in beside if name in found]):
+        raise UserError(f"{folder} holds captions in {hidden[0]}, which a metadata.jsonl would hide; data/prepare.py "
+                        f"{folder} --caption {name} writes captions for the images that have none")
     entries, end = read_metadata(metadata)
     todo = [n for n in names if not str(entries.get(n, {}).get("text") or "").strip()]
     done = 0
@@ -171,7 +174,7 @@ def caption_folder(folder, name: str, device="cpu", batch_size: int = 8) -> tupl
                 bar.update(min(batch_size, len(todo) - start))
     skipped = len(todo) - done
     print(f"captioned {done} of {len(names)} images, {len(names) - len(todo)} had captions, {skipped} were skipped; "
-          f"next:\npython data/prepare.py {shlex.quote(str(folder))} --out shards --size 256")
+          f"next:\n{command('data/prepare.py', folder, '--out', 'shards', '--size', 256)}")
     return done, skipped
 
 

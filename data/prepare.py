@@ -8,12 +8,15 @@
     python data/prepare.py --verify shards                                   # is every file what the index names?
 
 SOURCE, one or several, is
-    an image folder   with metadata.jsonl (the Hugging Face ImageFolder convention), one JSON object per line:
-                      {"file_name": "cats/1.jpg", "text": "a long caption", "text_short": "a cat"}; text_short may lack
-    WebDataset tars   members KEY.jpg|jpeg|png|webp with KEY.txt (the long caption) or KEY.json; read member by member,
-                      never unpacked to disk
-    Parquet files     a column of encoded images, bytes or the {bytes, path} of `datasets`, and one or two of captions
-    a folder of such files, a glob in quotes, or hf://owner/name[@revision][/folder-or-glob], a dataset repository
+    a folder of images  with metadata.jsonl (the Hugging Face ImageFolder convention), one JSON object per line:
+                        {"file_name": "cats/1.jpg", "text": "a long caption", "text_short": "a cat"}; text_short may
+                        lack. Or metadata.csv or metadata.parquet with such columns; or KEY.txt or KEY.json beside
+                        each image
+    WebDataset tars     members KEY.jpg, or another image, with KEY.txt (the long caption) or KEY.json; read member by
+                        member, never unpacked to disk
+    Parquet files       a column of encoded images, bytes or the {bytes, path} of `datasets`, and some of captions
+    a folder of all that with subfolders, as `hf download` and img2dataset leave it, a glob in quotes, or
+    hf://owner/name[@revision][/folder-or-glob], a dataset repository
 
 Images are turned upright (EXIF), converted to sRGB, composited over white, cropped (--crop center: the central square;
 buckets: the nearest of the aspect ratios that diffusers' PRX pipelines use) and made smaller. Captions are cleaned by
@@ -47,14 +50,15 @@ a crash or a full disk the same command goes on after the last finished part and
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import io
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
 import textwrap
@@ -71,8 +75,8 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import sources  # noqa: E402
-from data.shards import (FORMAT, NETWORKS, UserError, copy_networks, ragged, read_picture, verify,  # noqa: E402
-                         write_atomically, write_index, write_json, write_shard)
+from data.shards import (FORMAT, NETWORKS, UserError, command, copy_networks, ragged, read_picture,  # noqa: E402
+                         verify, write_atomically, write_index, write_json, write_shard)
 from data.sources import Fields, Part, Reject  # noqa: E402
 
 MAX_CAPTION = 10_000         # characters: clean_text is quadratic, 10,000 hostile ones cost 3 s (measured)
@@ -84,9 +88,15 @@ REPORT_EVERY = 10            # seconds between two lines of progress
 STORES = ("latent", "text", "image", "jpeg")
 FIRST_SENTENCE = "first-sentence"
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
-
-
-FEW = 50  # held-out images: with fewer a metric says little
+FEW = 50                     # held-out images: with fewer a metric says little
+RARE = 256                   # images of one shape, a usual batch: fewer do not fill one in an epoch
+LOST_LETTERS = 0.2           # share of a caption's letters that the cleaning may remove
+SHORTEST = 5                 # words of a first sentence
+ABBREVIATIONS = ("approx ave blvd ca capt cf co col dept dr ed est etc fig ft gen gov hon inc jr lt ltd mr mrs ms mt "
+                 "no nos op pl pp prof rev sen sgt sr st univ vol vs").split()
+ADVICE = {"no caption": "--long-field", "no image under this key": "--image-field",  # for samples that lack something
+          "no image in this row": "--image-field", "no file name in this row": "--image-field",
+          "no fitting column in this file": "--image-field or --long-field"}
 
 
 def knob(default, help: str):
@@ -106,9 +116,9 @@ class Settings:
     text: str = knob("t5gemma", "encodes the captions, likewise, or tiny")
     text_tokens: int | None = knob(None, "longer captions are cut by the text encoder [256; 40 for tiny]")
     eval_share: float = knob(0.01, "share of the images that is split off for evaluation, by content")
-    image_field: str = knob("", "Parquet column, key of metadata.jsonl, extension in tars (default: a usual name)")
-    long_field: str = knob("", "Parquet column or JSON key of the long caption (default: a usual name)")
-    short_field: str = knob("", "of the short one, likewise; first-sentence: the first of the long one")
+    image_field: str = knob("", "column of images or of their names, or extension (default: a usual one)")
+    long_field: str = knob("", "column, JSON key or extension of the long caption (default: a usual one)")
+    short_field: str = knob("", "of the short one, likewise; first-sentence: that of the long one, five words or more")
     caption: str = knob("", "a model that writes the captions of images whose long caption is empty")
     batch: int = knob(16, "images or captions encoded at a time")
     shard_size: int = knob(1024, "most rows of a shard")
@@ -202,10 +212,37 @@ def fit(image: Image.Image, shapes: list[tuple[int, int]], resample) -> np.ndarr
 
 
 def clean(text: str) -> str:
-    """The caption as diffusers' PRXPipeline cleans a prompt. Not idempotent: the trainer must not clean it again."""
+    """The caption as diffusers' PRXPipeline cleans a prompt. Not idempotent: the trainer must not clean it again.
+
+    Reject where that removes letters, such as all Chinese characters: what is left says something else. Addresses and
+    file names, which are to go, are in ASCII."""
     if len(text) > MAX_CAPTION:
         raise Reject("caption too long")
-    return text_preprocessor().clean_text(text) if text else ""
+    cleaned = text_preprocessor().clean_text(text) if text else ""
+    if not text.isascii():
+        import ftfy
+        before, after = (sum(c.isalpha() and not c.isascii() for c in x) for x in (ftfy.fix_text(text), cleaned))
+        if before - after > LOST_LETTERS * sum(map(str.isalpha, text)):
+            raise Reject("cleaning removes the caption's letters")
+    return cleaned
+
+
+def clean_short(text: str) -> str:
+    """A short caption that cannot be used is none: it spoils no sample."""
+    try:
+        return clean(text)
+    except Reject:
+        return ""
+
+
+def first_sentence(text: str) -> str:
+    """Of a clean caption, SHORTEST words or more. No sentence ends with an abbreviation or an initial."""
+    for end in re.finditer(r"[.!?;](?= )", text):
+        words = text[:end.end()].split()
+        short = words[-1].lstrip("\"'(").removesuffix(".") in ABBREVIATIONS or re.fullmatch(r"\W*(\w\.)+", words[-1])
+        if len(words) >= SHORTEST and not short:
+            return text[:end.end()]
+    return text
 
 
 @functools.cache
@@ -293,13 +330,20 @@ class PartWriter:
         self.filling, self.buffered = {}, 0  # rows by (split, size, height, width); bytes in them
         self.shards, self.written = [], []  # index entries; (key, ordinal) of every row in them
         self.names, self.thumbs, self.every = [], [], 1
-        self.skipped, self.kept = {}, 0
+        self.skipped, self.kept, self.lost = {}, 0, set()  # lost: ordinals of images whose latent or text is not finite
 
     def skip(self, name: str, reason: str) -> None:
         entry = self.skipped.setdefault(reason, {"count": 0, "first": []})
         entry["count"] += 1
         if len(entry["first"]) < NAMES_KEPT:
             entry["first"].append(name[:200])
+
+    def lose(self, ordinal: int, reason: str) -> None:
+        """Gives up an image that was kept; its rows, also those of other sizes, do not count."""
+        if ordinal not in self.lost:
+            self.lost.add(ordinal)
+            self.kept -= 1
+            self.skip(self.names[ordinal], reason)
 
     def add(self, sample: Sample) -> None:
         self.kept += 1
@@ -315,9 +359,12 @@ class PartWriter:
             largest = [sample.images[max(sample.images)].transpose(1, 2, 0) for sample in lacking]
             texts = self.networks.captioner.caption([Image.fromarray(image) for image in largest])
             for sample, text in zip(lacking, texts):
-                sample.long, sample.short = clean(text["long"][:MAX_CAPTION]), clean(text["short"][:MAX_CAPTION])
-                if not sample.long:
-                    self.skip(sample.name, "no caption")
+                try:
+                    sample.short, sample.long = clean_short(text["short"]), clean(text["long"][:MAX_CAPTION])
+                    if not sample.long:
+                        raise Reject("no caption")
+                except Reject as reason:
+                    self.skip(sample.name, str(reason))
                     self.kept -= 1
             batch = [sample for sample in batch if sample.long]
         rows = []
@@ -336,6 +383,8 @@ class PartWriter:
                 having = [i for i, sample in enumerate(batch) if getattr(sample, field)]
                 for i, states in zip(having, self.networks.states([getattr(batch[i], field) for i in having])):
                     rows[i][f"text.{field}"] = states
+                    if not states.isfinite().all():
+                        self.lose(batch[i].ordinal, "its text's embedding is not finite")
         for sample, row in zip(batch, rows):
             for size, image in sample.images.items():
                 place = ("eval" if in_eval(sample.digest, self.s.eval_share) else "train", size, *image.shape[1:])
@@ -352,10 +401,14 @@ class PartWriter:
         if self.networks.vae:
             for row, latent in zip(rows, self.networks.latents([row["image"] for row in rows])):
                 row["latent"] = latent
+                if not latent.isfinite().all():
+                    self.lose(row["about"][2], "its latent is not finite")
         for row in rows:
             if "image" not in self.s.store:
                 del row["image"]
-            place = row["about"][0]
+            place, _, ordinal = row["about"]
+            if ordinal in self.lost:
+                continue
             self.filling.setdefault(place, []).append(row)
             self.buffered += bytes_of(row)
             if len(self.filling[place]) == self.s.shard_size:
@@ -404,7 +457,8 @@ class PartWriter:
                    **ragged("thumb.caption", [text.encode("utf-8", "replace") for text in captions]),
                    **ragged("name", [name.encode("utf-8", "replace") for name in self.names])}
         write_atomically(self.folder / f"{self.name}.rows.safetensors", lambda p: save_file(tensors, p))
-        record = {"kept": self.kept, "skipped": self.skipped, "fields": list(fields.seen), "shards": self.shards}
+        record = {"kept": self.kept, "skipped": self.skipped, "lost": sorted(self.lost), "fields": list(fields.seen),
+                  "shards": self.shards}
         write_json(self.folder / f"{self.name}.json", record)
         return record
 
@@ -436,10 +490,12 @@ def gigabytes(n: float) -> str:
     return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
 
 
-def ahead(samples, pool, depth: int, work):
+def ahead(samples, pool, depth: int, work, needs_captions: bool):
     """(name, captions, future or Reject) of a part's samples, in order, `depth` of them being worked on."""
     queue = collections.deque()
     for name, data, texts in samples:
+        if texts and needs_captions and not texts["long"]:
+            data = Reject("no caption")
         queue.append((name, texts, data if isinstance(data, Reject) else pool.submit(work, data)))
         if len(queue) > depth:
             yield queue.popleft()
@@ -451,19 +507,18 @@ def prepare_part(part: Part, folder: Path, s: Settings, networks: Networks, shap
     """Makes the shards of a part in `folder` and returns its record. seen: keys of images that are there already; room:
     how many may be kept, None: any number."""
     writer, fields = PartWriter(folder, part.number, s, networks), s.fields()
-    samples, captioned = part.read(fields, needs_captions=not networks.captioner), False
+    needs_captions = not networks.captioner
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        work = functools.partial(process, s=s, shapes=shapes)
-        for count, (name, texts, sample) in enumerate(ahead(samples, pool, 2 * max(workers, s.batch), work)):
+        work, depth = functools.partial(process, s=s, shapes=shapes), 2 * max(workers, s.batch)
+        for name, texts, sample in ahead(part.read(fields, needs_captions), pool, depth, work, needs_captions):
             try:
                 if isinstance(sample, Reject):
                     raise sample
                 sample = sample.result()
-                captioned = captioned or bool(texts["long"])
-                sample.name, sample.long, sample.short = name, clean(texts["long"]), clean(texts["short"])
+                sample.name, sample.long, sample.short = name, clean(texts["long"]), clean_short(texts["short"])
                 if s.short_field == FIRST_SENTENCE:
-                    sample.short = re.split(r"(?<=[.!?;]) ", sample.long)[0]
-                if not sample.long and not networks.captioner:
+                    sample.short = first_sentence(sample.long)
+                if not sample.long and needs_captions:
                     raise Reject("no caption")
                 if not seen.isdisjoint(sample.keys.values()):
                     raise Reject("duplicate")
@@ -472,17 +527,10 @@ def prepare_part(part: Part, folder: Path, s: Settings, networks: Networks, shap
             except Reject as reason:
                 writer.skip(name, str(reason))
             progress.tick(part)
-            if part.number == 0 and count == 99 and not captioned and not networks.captioner:
-                raise UserError(f"none of the first 100 samples of {part.files[0].name} has a caption{named(fields)}; "
-                                "--caption MODEL writes captions")
             if room and writer.kept == room:
                 pool.shutdown(cancel_futures=True)
                 break
     return writer.close(fields)
-
-
-def named(fields: Fields) -> str:
-    return f"; their fields are {', '.join(fields.seen)}: name one with --long-field" if fields.seen else ""
 
 
 class Progress:
@@ -543,7 +591,7 @@ def difference(old: dict, new: dict) -> str:
     changed = [f"{flag(k)} was {show(was.get(k))} and is {show(now[k])}" for k in now if was.get(k) != now[k]]
     changed += [f"--{flag_name} was {show(old.get(k))} and is {show(new[k])}" for k, flag_name in
                 (("latent", "vae"), ("text", "text")) if old.get(k) != new[k]]
-    if old.get("parts") != new["parts"] or old.get("source") != new["source"]:
+    if old.get("parts") != new["parts"] or repositories(old) != repositories(new):
         changed.append("the source's files are not the same")
     return "; ".join(changed) or "another version of this script made it"
 
@@ -557,7 +605,7 @@ def claim(out: Path, job: dict, overwrite: bool, rank: int) -> bool:
     work, index = out / ".prepare/job", out / "index.json"
     while True:
         held, finished = read_json(work / "job.json"), read_json(index) if index.exists() else None
-        if held == job:
+        if held and name_of(held) == name_of(job):
             return True
         if finished and finished.get("job") == name_of(job) and (
                 (out / ".prepare/trash").exists() or rank and index.stat().st_mtime > STARTED):
@@ -576,7 +624,32 @@ def claim(out: Path, job: dict, overwrite: bool, rank: int) -> bool:
 
 
 def name_of(job: dict) -> str:
-    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+    """A hash of all that makes it this job. What the source is called, data or data/*.tar, is no part of it."""
+    return hashlib.sha256(json.dumps({**job, "source": repositories(job)}, sort_keys=True).encode()).hexdigest()
+
+
+def repositories(job: dict) -> dict | None:
+    return job.get("source", {}).get("repositories")
+
+
+@contextlib.contextmanager
+def locked(out: Path, rank: int):
+    """Keeps out other processes that prepare the same folder, as far as its file system can lock."""
+    path = out / f".prepare/lock-{rank}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is preparing {out}: wait for it, or take another --out") from None
+        except OSError:
+            print(f"warning: the file system cannot lock {out}: do not prepare it twice at a time")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                path.parent.rmdir()  # unless an unfinished job is in it
 
 
 def discard(work: Path) -> None:
@@ -605,26 +678,41 @@ def bytes_per_sample(s: Settings, networks: Networks) -> float:
 
 
 def count_samples(parts: list[Part], s: Settings, captioned: bool) -> float | None:
-    """About how many samples there are; None if that is not known before the download. UserError for Parquet files
-    without the columns that are needed."""
-    fields, total, rate = s.fields(), 0, None
-    for part in parts:
-        for file in part.files:
-            if part.kind == "lines":
-                total += part.lines
-            elif file.repository:
-                return None
-            elif part.kind == "parquet":
-                found = sources.parquet_columns(file.path, file.name, fields, not captioned)
-                total += found[1] if found else 0
-            else:
-                rate = rate or sources.samples_in(file) / max(file.bytes, 1)
-                total += rate * file.bytes
+    """About how many samples there are; None if that is not known before the download. UserError if all there is are
+    Parquet files without the columns that are needed."""
+    fields, total, rate, unfit = s.fields(), 0, None, []
+    files = [(part, file) for part in parts for file in part.files]
+    for part, file in files:
+        if part.lines:
+            total += part.lines
+        elif file.repository:
+            return None
+        elif part.kind == "parquet":
+            try:
+                total += sources.parquet_columns(file.path, file.name, fields, not captioned)[1]
+            except Reject:
+                pass  # broken: said when it is read
+            except UserError as error:
+                unfit.append(error)
+        else:
+            rate = rate or sources.samples_in(file, fields) / max(file.bytes, 1)
+            total += rate * file.bytes
+    if unfit and len(unfit) == len(files):
+        raise unfit[0]
     return total
 
 
-def estimate(out: Path, parts: list[Part], s: Settings, networks: Networks) -> None:
-    """Says how much disk the data set will need; UserError if that is more than there is."""
+def estimate(out: Path, parts: list[Part], others: list[str], s: Settings, networks: Networks) -> None:
+    """Says what is not read and how much disk the data set will need; UserError if that is more than there is."""
+    lines = collections.Counter()
+    for part in parts:
+        lines[part.files[0]] += part.lines
+    for file, n in lines.items():
+        if file.images > n > 0:
+            print(f"{file.name} lists {n} images, and its folder holds {file.images}: the others are left out")
+    if others:
+        endings = collections.Counter(Path(name).suffix or "no ending" for name in others).most_common(8)
+        print(f"passed over {len(others)} other file(s) ({', '.join(f'{ending}: {n}' for ending, n in endings)})")
     samples, each = count_samples(parts, s, bool(networks.captioner)), bytes_per_sample(s, networks)
     while not out.exists():
         out = out.parent
@@ -661,7 +749,7 @@ def finish(out: Path, job: dict, s: Settings, given: list[str], parts: list[Part
     the records, the shards are moved, and the index comes last. Returns the index."""
     work = out / ".prepare/job"
     if not parts:
-        fail(work, nothing_usable(given, parts, 0, {}, 0, Fields()))
+        fail(work, nothing_usable(given, parts, {}, 0, ()))
     names = [f"part-{part.number:05d}" for part in parts]
     records = [read_json(work / f"{name}.json") for name in names]
     rows = []
@@ -676,7 +764,10 @@ def finish(out: Path, job: dict, s: Settings, given: list[str], parts: list[Part
             all_of = skipped.setdefault(reason, {"count": 0, "first": []})
             all_of["count"] += entry["count"]
             all_of["first"] = (all_of["first"] + entry["first"])[:NAMES_KEPT]
-    gone = [np.unique(row["sample"][drop]) for row, drop in zip(rows, dropped)]  # ordinals of images
+    lost = [np.array(record.get("lost", []), np.int64) for record in records]  # ordinals of images, as in gone
+    gone = [np.setdiff1d(row["sample"][drop], x) for row, drop, x in zip(rows, dropped, lost)]
+    for row, drop, x in zip(rows, dropped, lost):
+        drop |= np.isin(row["sample"], x)
     for name, ordinals in zip(names, gone):
         if len(ordinals):
             entry = skipped.setdefault("duplicate", {"count": 0, "first": []})
@@ -702,7 +793,7 @@ def finish(out: Path, job: dict, s: Settings, given: list[str], parts: list[Part
              for split in ("train", "eval")}
     if not count["train"]:
         seen = dict.fromkeys(field for record in records for field in record["fields"])
-        fail(work, nothing_usable(given, parts, read, counts, kept, Fields(seen=seen)))
+        fail(work, nothing_usable(given, parts, counts, kept, seen))
     lack, total = sum(shard.pop("lack") for shard in shards), sum(shard["count"] for shard in shards)
     if 0 < lack < total:
         print(f"{lack} of {total} kept samples have no short caption, so the index leaves the field out")
@@ -717,7 +808,7 @@ def finish(out: Path, job: dict, s: Settings, given: list[str], parts: list[Part
     report = {"read": read, "kept": kept, "train": count["train"], "eval": count["eval"],
               "resolutions": {str(size): sum(x["count"] - len(x["skip"]) for x in shards if x["resolution"] == size)
                               for size in s.size}, "skipped": skipped}
-    sheet = contact_sheet(work, names, rows, gone, kept, read, counts)
+    sheet = contact_sheet(work, names, rows, [np.union1d(*x) for x in zip(gone, lost)], kept, read, counts)
 
     # From here on the old data set, if there is one, makes place: no index ever names shards that are not its own.
     (out / "index.json").unlink(missing_ok=True)
@@ -738,9 +829,18 @@ def finish(out: Path, job: dict, s: Settings, given: list[str], parts: list[Part
     write_index(out, index)
 
     megabytes = sum((out / shard["file"]).stat().st_size for shard in shards) / 1e6
+    shapes = collections.Counter()
+    for x in shards:
+        if x["split"] == "train":
+            shapes[x["height"], x["width"]] += x["count"] - len(x["skip"])
+    rare = [n for n in shapes.values() if n < RARE]
+    if rare and len(shapes) > len(s.size):
+        print(f"warning: {sum(rare)} images are of {len(rare)} rare shapes: a batch has one shape, so they wait until "
+              "it is full and then come several times at once; --crop center has one shape")
     if count["eval"] < FEW:
-        print(f"warning: {count['eval']} images are held out, too few to judge a run by; prepare it again with a larger "
-              f"--eval-share than {s.eval_share}, before you train")
+        share = min(0.5, max(2 * s.eval_share, round(2 * FEW / kept, 2)))
+        print(f"warning: {count['eval']} of {kept} images are held out, too few to judge a run by (at least {FEW}): "
+              f"prepare it again with --overwrite --eval-share {share}, before you train")
     print(f"kept {kept} of {read} images, {count['train']} samples for training and {count['eval']} for evaluation, "
           f"{len(shards)} shards, {megabytes:.1f} MB; next:\n{next_command(out, s, index)}")
     return index
@@ -757,23 +857,27 @@ def texts_of(path: Path, name: str, rows) -> list[str]:
     return [data[offset[i]:offset[i + 1]].decode() for i in rows]
 
 
-def nothing_usable(given: list[str], parts: list[Part], read: int, counts: dict, kept: int, fields: Fields) -> str:
+def nothing_usable(given: list[str], parts: list[Part], counts: dict, kept: int, seen) -> str:
+    """Why there is no training sample: counts of samples by reason, the names of the fields seen in them."""
     if kept:
         return f"{', '.join(given)}: all {kept} usable images fall to the evaluation set; lower --eval-share"
-    sought = {"lines": "lines of metadata.jsonl with file_name and text", "parquet": "rows with image and caption",
-              "tar": "KEY.jpg, .jpeg, .png or .webp beside KEY.txt or KEY.json"}
-    kinds = " or ".join(dict.fromkeys(sought[part.kind] for part in parts)) or sought["lines"]
+    sought = {"parquet": "rows with image and caption", "images": "images beside .txt or .json files",
+              "tar": "KEY.jpg or another image beside KEY.txt or KEY.json"}
+    kinds = [sought.get(part.kind, f"file_name and text in {part.files[0].name}") for part in parts]
+    kinds = " or ".join(dict.fromkeys(kinds)) or "lines of metadata.jsonl"
     why = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
-    found = f"{read}, none of them good ({why})" if read else "none"
-    hint = named(fields) if "no caption" in counts else ""
-    return f"{', '.join(given)}: no usable image; looked for {kinds} and found {found}{hint}"
+    found = f"{sum(counts.values())}, none of them good ({why})" if counts else "none"
+    flags = dict.fromkeys(ADVICE[reason] for reason in counts if reason in ADVICE)
+    hint = f"; their fields are {', '.join(seen)}: name one with {' or '.join(flags)}" if flags and seen else ""
+    model = "; --caption MODEL writes captions" if "no caption" in counts else ""
+    return f"{', '.join(given)}: no usable image; looked for {kinds} and found {found}{hint}{model}"
 
 
 def next_command(out: Path, s: Settings, index: dict) -> str:
     """The command that trains on it, with what the track's own settings do not say."""
     track = "micro" if s.size[0] < 256 else "24h" if "latent" in s.store else "mini"
     usual = {"micro": {32}, "mini": {256}, "24h": {256, 512}}[track]  # pixels of its stages
-    words = ["python", "train_prx.py", "--track", track, "--data", str(out)]
+    words = ["--track", track, "--data", str(out)]
     if not usual <= set(s.size):
         words += ["--resolution", str(s.size[0])]
     if "latent" in s.store:
@@ -784,7 +888,7 @@ def next_command(out: Path, s: Settings, index: dict) -> str:
         words += ["--captions", "long"]
     if not index["image"]:
         words += ["--repa", "0"]  # its teacher looks at images
-    return shlex.join(words)
+    return command("train_prx.py", *words)
 
 
 def contact_sheet(work: Path, names: list[str], rows: list[dict], gone: list, kept: int, read: int,
@@ -837,28 +941,31 @@ def prepare(source, out, overwrite: bool = False, workers: int = 0, **settings) 
         raise UserError(f"--limit {s.limit} on {world} processes: which images come first is only known to one; start "
                         "it without torchrun")
     shapes = {size: buckets(size, s.crop) for size in s.size}
-    work, started = out / ".prepare/job", (out / ".prepare").exists()
-    try:
-        files = [file for x in given for file in sources.list_files(x, out / ".prepare/download")]
-        parts, networks = sources.cut(files), Networks(s)
-        if networks.vae:
-            check_factor(shapes, networks.vae.factor, s)
-        job = describe(s, networks, given, parts)
-        if rank == 0 and not (work / "job.json").exists() and (overwrite or not (out / "index.json").exists()):
-            estimate(out, parts, s, networks)
-        if claim(out, job, overwrite, rank):
-            workers = workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-            parts = run_parts(parts, work, s, networks, shapes, workers, rank, world)
-            if rank == 0:
-                finish(out, job, s, given, parts, networks)
-                discard(work)
-        return tidy(out) if rank == 0 else {}
-    except UserError:
-        if rank == 0 and not started and not list(work.glob("part-*.json")):  # nothing is lost
-            shutil.rmtree(out / ".prepare", ignore_errors=True)
-            if not existed and out.exists() and not list(out.iterdir()):
-                out.rmdir()
-        raise
+    work, downloads = out / ".prepare/job", out / ".prepare/download"
+    with locked(out, rank):
+        started = work.exists() or downloads.exists()
+        try:
+            found = [sources.list_files(x, downloads) for x in given]
+            others = [name for _, names in found for name in names]
+            parts, networks = sources.cut([file for files, _ in found for file in files], s.fields()), Networks(s)
+            if networks.vae:
+                check_factor(shapes, networks.vae.factor, s)
+            job = describe(s, networks, given, parts)
+            if rank == 0 and not (work / "job.json").exists() and (overwrite or not (out / "index.json").exists()):
+                estimate(out, parts, others, s, networks)
+            if claim(out, job, overwrite, rank):
+                cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+                parts = run_parts(parts, work, s, networks, shapes, workers or max(1, cores), rank, world)
+                if rank == 0:
+                    finish(out, job, s, given, parts, networks)
+                    discard(work)
+            return tidy(out) if rank == 0 else {}
+        except UserError:
+            if rank == 0 and not started and not list(work.glob("part-*.json")):  # nothing is lost
+                shutil.rmtree(out / ".prepare", ignore_errors=True)
+                if not existed and out.exists() and not list(out.iterdir()):
+                    out.rmdir()
+            raise
 
 
 def check_factor(shapes: dict, factor: int, s: Settings) -> None:
@@ -883,6 +990,10 @@ def run_parts(parts: list[Part], work: Path, s: Settings, networks: Networks, sh
             record = prepare_part(part, work, s, networks, shapes, workers, set(seen), room, progress)
         part.discard()
         progress.finished(part, fresh)
+        if part.number == 0 and len(parts) > 1 and not record["kept"] and record["skipped"].keys() <= ADVICE.keys():
+            counts = {reason: entry["count"] for reason, entry in record["skipped"].items()}
+            first = f"the first part of the source, from {part.files[0].name} on"
+            fail(work, nothing_usable([first], [part], counts, 0, record["fields"]))
         if s.limit:
             kept += record["kept"]
             if kept >= s.limit:

@@ -16,6 +16,8 @@ import json
 import math
 import os
 import re
+import shlex
+import sys
 import textwrap
 import warnings
 from pathlib import Path
@@ -39,6 +41,15 @@ PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes: Pillow's 1 MB loses sound p
 
 class UserError(Exception):
     """Bad input, said in one sentence that names the file, value or flag."""
+
+
+def command(script: str, *words) -> str:
+    """A command line that runs as it is printed: this interpreter and a script of this repository, by their paths from
+    the current folder."""
+    here = Path.cwd()
+    paths = (path.relative_to(here) if path.is_relative_to(here) else path for path in
+             (Path(sys.executable), NETWORKS.parents[1] / script))
+    return shlex.join(map(str, (*paths, *words)))
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -113,15 +124,20 @@ def write_index(folder: Path, index: dict):
 
 
 def data_folders(data: str) -> list[tuple[str, float]]:
-    """A:0.7,B:0.3 -> [("A", 0.7), ("B", 0.3)]; without a weight it is 1. A folder that exists is taken by its name."""
-    if Path(data).exists():
-        return [(data, 1.0)]
-    folders = []
-    for part in data.split(","):
-        match = re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", part)
-        if not match or (match[2] and float(match[2]) == 0):
-            raise UserError(f"--data {data} is not a list of folders with positive weights such as A or A:0.7,B:0.3")
-        folders.append((match[1], float(match[2] or 1)))
+    """A:0.7,B:0.3 -> [("A", 0.7), ("B", 0.3)]; without a weight it is 1. A folder that exists is taken by its name, a
+    colon or commas in it included."""
+    def entry(text):
+        match = re.fullmatch(r"(.+):(\d*\.?\d+)", text)
+        return (match[1], float(match[2])) if match and not Path(text).exists() else (text, 1.0)
+
+    folders, pieces = [], data.split(",")
+    while pieces:
+        entries = [entry(",".join(pieces[:n + 1])) for n in range(len(pieces))]
+        longest = max((n for n, (folder, _) in enumerate(entries) if Path(folder).exists()), default=0)
+        folders.append(entries[longest])
+        pieces = pieces[longest + 1:]
+    if not all(folder and weight for folder, weight in folders):
+        raise UserError(f"--data {data} is not a list of folders with positive weights such as A or A:0.7,B:0.3")
     return folders
 
 
@@ -275,33 +291,54 @@ def read_picture(source, reduce_to: int | None = None) -> Image.Image:
     """A picture file (its bytes or its path) as an RGB image: the only place where this repository opens pictures.
 
     Upright by its EXIF tag, converted to sRGB by its ICC profile, transparency over white, 8 bits, the first frame of
-    an animation. A damaged tag or profile is ignored. With reduce_to, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its
-    size as long as both sides keep that many pixels. UserError otherwise, for bytes with the reason alone.
+    an animation. A damaged tag or profile is ignored, and so is what else a PNG holds beside its pixels. With
+    reduce_to, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep that many pixels.
+    UserError otherwise, for bytes with the reason alone.
     """
     name = "" if isinstance(source, bytes) else f"{source}: "
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd but readable files, and of sizes that are judged here
-            image = Image.open(io.BytesIO(data), formats=PICTURES)  # the header only
-            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-                raise UserError(f"{name}too many pixels")
-            if reduce_to:
-                image.draft(None, (reduce_to, reduce_to))
-            image.load()
-            upright = orientation(image)
-            image = to_srgb(image)
-            return image.transpose(upright) if upright is not None else image
-    except UserError:
-        raise
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise UserError(f"{name}{error.strerror.lower()}") from None
-    except Image.DecompressionBombError:
-        raise UserError(f"{name}too many pixels") from None
-    except Image.UnidentifiedImageError:
-        raise UserError(f"{name}not a JPEG, PNG, WebP, GIF or BMP image") from None
-    except Exception:  # hostile bytes raise OSError, SyntaxError, struct.error, zlib.error, ... out of the decoders
-        raise UserError(f"{name}broken image") from None
+    except OSError as error:
+        raise UserError(f"{name}{(error.strerror or str(error)).lower()}") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd but readable files, and of sizes that are judged here
+        for content in (data, *bare_pngs(data)):
+            try:
+                return decode(content, reduce_to)
+            except (UserError, Image.DecompressionBombError):
+                raise UserError(f"{name}too many pixels") from None
+            except Image.UnidentifiedImageError:
+                reason = "not a JPEG, PNG, WebP, GIF or BMP image"
+            except Exception:  # hostile bytes raise OSError, SyntaxError, struct.error, ... out of the decoders
+                reason = "broken image"
+    raise UserError(f"{name}{reason}")
+
+
+def decode(data: bytes, reduce_to: int | None) -> Image.Image:
+    """Upright RGB in sRGB; UserError for too many pixels."""
+    image = Image.open(io.BytesIO(data), formats=PICTURES)  # the header only
+    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+        raise UserError("too many pixels")
+    if reduce_to:
+        image.draft(None, (reduce_to, reduce_to))
+    image.load()
+    upright = orientation(image)
+    image = to_srgb(image)
+    return image.transpose(upright) if upright is not None else image
+
+
+def bare_pngs(data: bytes):
+    """A PNG without texts, times, resolution and animation, then without profile and EXIF, too: one damaged or odd
+    chunk ends Pillow's reading, and no pixel depends on these."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        chunks, start = [data[:8]], 8
+        while start < len(data):
+            end = start + 12 + int.from_bytes(data[start:start + 4], "big")
+            chunks.append(data[start:end])
+            start = end
+        for more in ((b"iCCP", b"eXIf"), ()):
+            kept = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", *more)
+            yield b"".join(chunk for chunk in chunks if chunk is chunks[0] or chunk[4:8] in kept)
 
 
 def orientation(image: Image.Image) -> Image.Transpose | None:

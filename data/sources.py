@@ -1,38 +1,52 @@
-"""Where data/prepare.py gets its samples: image folders, WebDataset tars and Parquet files, on disk or in a dataset
+"""Where data/prepare.py gets its samples: folders of images, WebDataset tars and Parquet files, on disk or in a dataset
 repository on the Hugging Face hub.
 
 `list_files` finds the files of a source, `cut` makes parts of them: the unit that is prepared, resumed and given to a
 rank. Reading a part yields (name, image bytes, {"long": str, "short": str}), an absent caption being "", or for what
 cannot be read (name, Reject, None). Everything is streamed: nothing is unpacked, no file is held as a whole. Names come
-from strangers and are labels, never paths, except in metadata.jsonl, where they may not leave the folder.
+from strangers: in a tar they are labels, never paths, in metadata they may not leave the folder. Links on disk are
+followed, since whoever made the folder made them.
 """
 
+import collections
 import concurrent.futures
+import csv
 import fnmatch
+import functools
 import glob
 import itertools
 import json
+import os
 import re
 import shutil
 import tarfile
+import unicodedata
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from data.shards import UserError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-IMAGE_FIELDS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
-LONG_FIELDS = ("text_long", "long_text", "long_caption", "caption_long", "text", "caption", "txt", "prompt",
-               "description")
-SHORT_FIELDS = ("text_short", "short_text", "short_caption", "caption_short")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "jpe", "jfif",
+                    "tif", "tiff", "avif", "heic", "heif", "jxl", "jp2")  # images too, but not read: counted as such
+USUAL = {"image": ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes"),  # names of fields
+         "long": ("text_long", "long_text", "long_caption", "caption_long", "text", "caption", "txt", "prompt",
+                  "description"),
+         "short": ("text_short", "short_text", "short_caption", "caption_short")}
+METADATA = {"metadata.jsonl": "jsonl", "metadata.csv": "csv", "metadata.parquet": "rows"}  # of a folder, the first
+LITTER = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")  # how gz, bz2, xz, zst, zip begin
 MAX_BYTES = 100 * 10**6      # of an encoded image, a caption file or a line of metadata.jsonl
 PART_BYTES = 2 * 10**9       # of tars or Parquet files in a part; also what is downloaded at a time
-PART_LINES = 20_000          # of metadata.jsonl in a part
+PART_LINES = 20_000          # rows of metadata, or pictures of a folder, in a part
 PARQUET_ROWS = 32            # read at a time
 DOWNLOADS = 8                # files of an image folder that are fetched at the same time
 
-KINDS = "an image folder with metadata.jsonl, WebDataset tars, Parquet files, a glob or hf://owner/name"
+KINDS = ("a folder of images with metadata.jsonl, .csv or .parquet or with .txt files beside them, WebDataset tars "
+         "(not compressed), Parquet files, a folder of them, a glob or hf://owner/name")
+
+BROKEN_TAR = "broken tar (what the damage hit is lost)"
+BROKEN_PARQUET = "broken Parquet file (what follows the damage is lost)"
 
 
 class Reject(Exception):
@@ -41,9 +55,8 @@ class Reject(Exception):
 
 @dataclass
 class Fields:
-    """Which columns or JSON keys hold what: a name that the user gave, or else the first usual one that has content.
-
-    In tars `image` is the extension of the members to take. seen: the first field names met, for messages."""
+    """Which columns, JSON keys or file extensions hold what: a name that the user gave, or else the first usual one
+    that has content. seen: the first names met, for messages."""
 
     image: str | None = None
     long: str | None = None
@@ -52,13 +65,26 @@ class Fields:
 
     def captions(self, info: dict) -> dict:
         """{"long": str, "short": str} of a metadata object."""
-        self.seen |= dict.fromkeys(list(info)[:20 - len(self.seen)])
-        return {"long": first_text(info, self.long, LONG_FIELDS), "short": first_text(info, self.short, SHORT_FIELDS)}
+        self.see(info)
+        return {what: first_text(info.get(name) for name in self.names(what)) for what in ("long", "short")}
+
+    def see(self, names) -> None:
+        self.seen |= dict.fromkeys(list(names)[:20 - len(self.seen)])
+
+    def names(self, what: str) -> tuple:
+        return (getattr(self, what),) if getattr(self, what) else USUAL[what]
 
 
-def first_text(info: dict, given: str | None, usual: tuple) -> str:
-    values = (info.get(name) for name in ([given] if given else usual))
+def first_text(values) -> str:
     return next((v for v in values if isinstance(v, str) and v.strip()), "")
+
+
+def attempt(name: str, read, *args) -> tuple:
+    """(name, *read(*args)), which are the image bytes and the captions, or (name, Reject, None)."""
+    try:
+        return name, *read(*args)
+    except Reject as reason:
+        return name, reason, None
 
 
 # ---- the Hugging Face hub --------------------------------------------------------------------------------------------
@@ -88,8 +114,8 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def list_repository(source: str, downloads: Path) -> list["File"]:
-    """hf://owner/name[@revision][/folder-or-glob] -> its tars and Parquet files, or else its folders of images."""
+def open_repository(source: str, downloads: Path) -> tuple[Repository, dict[str, int]]:
+    """hf://owner/name[@revision][/folder-or-glob] -> the repository, and {name: bytes} of what was asked for."""
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.*))?", source)
     if not match:
         raise UserError(f"{source} is no dataset repository: write hf://owner/name[@revision][/folder-or-glob]")
@@ -103,18 +129,10 @@ def list_repository(source: str, downloads: Path) -> list["File"]:
     except Exception as error:  # as above
         raise UserError(f"hf://{name} cannot be read ({first_line(error)}); check its name and revision, and if it is "
                         "gated, accept its terms on its page and log in with `hf auth login`") from None
-    found = {path: size for path, size in sorted(found.items()) if ".." not in path.split("/") and path[0] != "/"}
-    repository = Repository(name, commit, downloads, found)
-    chosen = [p for p in found if not within or p.startswith(within + "/") or fnmatch.fnmatchcase(p, within)]
-    files = [File(kind_of(p), p, found[p], downloads / p, repository) for p in chosen if kind_of(p)]
-    if not files:
-        files = [File("lines", p, found[p], downloads / p, repository) for p in chosen
-                 if p.rpartition("/")[2] == "metadata.jsonl"]
-    if not files:
-        others = sorted({p.rpartition(".")[2] for p in chosen if "." in p})[:10]
-        raise UserError(f"{source} has no .tar, no .parquet and no metadata.jsonl among its {len(chosen)} files"
-                        + (f" (endings: {', '.join(others)})" if others else ""))
-    return files
+    found = {p: size for p, size in found.items() if ".." not in p.split("/") and p[0] != "/" and not is_litter(p)}
+    chosen = {p: size for p, size in found.items()
+              if not within or p.startswith(within + "/") or fnmatch.fnmatchcase(p, within)}
+    return Repository(name, commit, downloads, found), chosen
 
 
 # ---- files and parts -------------------------------------------------------------------------------------------------
@@ -122,14 +140,19 @@ def list_repository(source: str, downloads: Path) -> list["File"]:
 
 @dataclass(frozen=True)
 class File:
-    """A tar, a Parquet file or the metadata.jsonl ("lines") of an image folder. `name` is for people: no path of this
-    machine, but in a repository its path there."""
+    """A tar, a Parquet file, or the list of a folder's images: a metadata file (jsonl, csv, rows of Parquet) or, where
+    there is none, the folder itself (images), with captions in .txt or .json files beside them.
+
+    `name`: in the source; no path of this machine. images: how many there are in the folder of a metadata file.
+    members: the names of the images and captions in a folder of kind images."""
 
     kind: str
     name: str
     bytes: int
     path: Path
     repository: Repository | None = None
+    images: int = 0
+    members: tuple = field(default=(), compare=False, repr=False)
 
     def fetch(self, folder: Path | None = None) -> Path:
         """Where it is on disk, once it has been downloaded if it is on the hub."""
@@ -138,8 +161,8 @@ class File:
 
 @dataclass
 class Part:
-    """Consecutive files of one kind, or consecutive `lines` of one metadata.jsonl: those from byte `start`, line number
-    `line`, with the checksum `crc`. `bytes` of it are to be read, `done` have been, for the progress."""
+    """Consecutive files of one kind, or consecutive `lines` of a folder's list: those from the position `start`, the
+    line number `line`, with the checksum `crc`. `bytes` of it are to be read, `done` have been, for the progress."""
 
     number: int
     files: list[File]
@@ -168,16 +191,15 @@ class Part:
         if self.folder:
             for stale in self.folder.rglob("*.incomplete"):  # of a killed download; the hub's library starts another
                 stale.unlink()
-        if self.kind == "lines":
-            yield from read_lines(self, fields)
-        else:
-            before = 0
-            for file in self.files:
-                if self.kind == "tar":
-                    yield from read_tar(self, file, before, fields)
-                else:
-                    yield from read_parquet(self, file, before, fields, needs_captions)
-                before += file.bytes
+        before = 0
+        for file in self.files:
+            if self.kind == "tar":
+                yield from read_tar(self, file, before, fields)
+            elif self.kind == "parquet":
+                yield from read_parquet(self, file, before, fields, needs_captions)
+            else:
+                yield from read_lines(self, file, fields)
+            before += file.bytes
 
     def discard(self) -> None:
         """Deletes what was downloaded for this part."""
@@ -185,127 +207,130 @@ class Part:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def kind_of(name: str) -> str | None:
-    kind = name.rpartition(".")[2].lower()
-    return kind if kind in ("tar", "parquet") and not name.rpartition("/")[2].startswith(".") else None
+def split_path(name: str) -> tuple[str, str, str]:
+    """a/b.c.JPG -> (folder "a", file "b.c.JPG", extension "jpg"); the folder of a file without one is "."."""
+    folder, _, file = name.rpartition("/")
+    return folder or ".", file, file.rpartition(".")[2].lower()
 
 
-def list_files(source: str, downloads: Path) -> list[File]:
-    """The files of a path, a glob or an hf:// repository, in the order in which they are read. UserError if none."""
-    if source.startswith("hf://"):
-        return list_repository(source, downloads)
-    paths = [Path(source)]
-    if not paths[0].exists():
-        paths = [Path(p) for p in sorted(glob.glob(source, recursive=True))]
-        if not paths:
-            raise UserError(f"{source} does not exist; SOURCE is {KINDS}")
-    found = []
-    for path in paths:
-        if (lines := path / "metadata.jsonl").is_file():
-            found.append(File("lines", f"{path.resolve().name}/metadata.jsonl", lines.stat().st_size, lines))
-        else:
-            within = sorted(path.iterdir()) if path.is_dir() else [path]
-            found += [File(kind_of(p.name), p.name, p.stat().st_size, p) for p in within
-                      if kind_of(p.name) and p.is_file()]
-    if not found:
-        raise UserError(f"{source} has nothing to read: looked for .tar and .parquet files and for metadata.jsonl in "
-                        f"it; SOURCE is {KINDS}")
+def is_litter(name: str) -> bool:
+    """Hidden files, and what systems leave in folders."""
+    return any(part in LITTER or part.startswith(".") and part.strip(".") for part in name.split("/"))
+
+
+def walk(folder: Path) -> dict[str, int]:
+    """{name: bytes} of the files in a folder and its subfolders, links included, each folder once."""
+    def stop(error):
+        raise error
+
+    found, seen = {}, set(Path(folder).resolve().parents)
+    for path, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        real, within = Path(path).resolve(), Path(path).relative_to(folder).as_posix()
+        if real in seen:  # a link in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not is_litter(name))
+        for name in files:
+            file = os.path.join(path, name)
+            if not is_litter(name) and (os.path.isfile(file) or os.path.islink(file)):  # one to nowhere will be missing
+                size = os.path.getsize(file) if os.path.isfile(file) else 0
+                found[name if within == "." else f"{within}/{name}"] = size
     return found
 
 
-def cut(files: list[File]) -> list[Part]:
+def list_files(source: str, downloads: Path) -> tuple[list[File], list[str]]:
+    """The files of a path, a glob or an hf:// repository in the order in which they are read, and the names of those
+    that are not. UserError if there is none to read."""
+    repository, folders = None, {}
+    if source.startswith("hf://"):
+        repository, folders[downloads] = open_repository(source, downloads)
+    else:
+        for path in [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True)):
+            if (path := Path(path)).is_dir():
+                folders[path] = walk(path)
+            else:
+                folders.setdefault(path.parent, {})[path.name] = path.stat().st_size
+        if not folders:
+            raise UserError(f"{source} does not exist; SOURCE is {KINDS}")
+    files, others = [], []
+    for folder, found in folders.items():
+        chosen, left = choose(found, folder, repository)
+        files, others = files + chosen, others + left
+    if not files:
+        endings = ", ".join(sorted({split_path(name)[2] for name in others})[:10]) or "none"
+        raise UserError(f"{source} has nothing to read among its {len(others)} file(s) (endings: {endings}); SOURCE "
+                        f"is {KINDS}")
+    return files, others
+
+
+def choose(found: dict[str, int], root: Path, repository: Repository | None) -> tuple[list[File], list[str]]:
+    """Of the files {name: bytes} in a folder those to read and the names of the others: all tars, Parquet and metadata
+    files, or where there are none the images themselves."""
+    names = {name: split_path(name) for name in sorted(found)}
+    tables = {folder: name for kind in reversed(METADATA) for name, (folder, file, _) in names.items() if file == kind}
+    images = collections.Counter(folder for folder, _, kind in names.values() if kind in IMAGE_EXTENSIONS)
+    nearest = {folder: next((str(p) for p in PurePosixPath(folder, "x").parents if str(p) in tables), None)
+               for folder in images}  # the folder whose metadata lists the images of a folder
+    # img2dataset leaves 00000.parquet, without images, beside 00000.tar or the folder 00000
+    twins = {name[:-4] for name in names if names[name][2] == "tar"} | images.keys()
+    files, others = [], []
+    for name, (folder, file, kind) in names.items():
+        if tables.get(folder) == name:
+            count = sum(images[below] for below in images if nearest[below] == folder)
+            files.append(File(METADATA[file], name, found[name], root / name, repository, count))
+        elif kind == "tar" or kind == "parquet" and file not in METADATA and name[:-8] not in twins:
+            files.append(File(kind, name, found[name], root / name, repository))
+        elif kind not in IMAGE_EXTENSIONS or not nearest[folder]:
+            others.append(name)
+    if images and not files:
+        members = {n: found[n] for n in names if names[n][2] in (*IMAGE_EXTENSIONS, "txt", "json")}
+        name = repository.id if repository else root.resolve().name
+        files = [File("images", name, sum(members.values()), root, repository, images.total(), tuple(members))]
+        others = [name for name in others if name not in members]
+    return files, others
+
+
+def cut(files: list[File], fields: Fields) -> list[Part]:
     """Parts of up to PART_BYTES of tars or Parquet files, or of PART_LINES lines."""
     parts = []
-    for kind, group in itertools.groupby(files, lambda f: f.kind):
-        if kind == "lines":
-            for file in group:
-                with open(file.fetch(), "rb") as opened:
-                    for number, line in enumerate(lines_of(opened)):
-                        if number % PART_LINES == 0:
-                            parts.append(Part(len(parts), [file], 0, opened.tell() - len(line), 1 + number))
-                        parts[-1].lines += 1
-                        parts[-1].bytes += len(line)
-                        parts[-1].crc = zlib.crc32(line, parts[-1].crc)
+    for file in files:
+        last = parts[-1] if parts else None
+        if file.kind not in ("tar", "parquet"):
+            start = 0
+            for number, (end, line) in enumerate(lines_of(file, fields)):
+                if number % PART_LINES == 0:
+                    parts.append(Part(len(parts), [file], 0, start, 1 + number))
+                parts[-1].lines += 1
+                parts[-1].bytes = end - parts[-1].start
+                parts[-1].crc = zlib.crc32(repr(line).encode(), parts[-1].crc)
+                start = end
+        elif last and last.kind == file.kind and last.bytes + file.bytes <= PART_BYTES:
+            last.files.append(file)
+            last.bytes += file.bytes
         else:
-            for file in group:
-                last = parts[-1] if parts and parts[-1].kind == kind else None
-                if last and last.bytes + file.bytes <= PART_BYTES:
-                    last.files.append(file)
-                    last.bytes += file.bytes
-                else:
-                    parts.append(Part(len(parts), [file], file.bytes))
+            parts.append(Part(len(parts), [file], file.bytes))
     return parts
 
 
 # ---- image folders ---------------------------------------------------------------------------------------------------
 
 
-def lines_of(file):
-    """Lines of a binary file; an endless one comes in pieces, which are no JSON and are counted as such."""
-    return iter(lambda: file.readline(MAX_BYTES), b"")
-
-
-def metadata(part: Part):
-    """(line number, bytes of the part up to here, object or Reject) of the lines of a part that are not blank."""
-    with open(part.files[0].fetch(), "rb") as file:
-        file.seek(part.start)
-        position = 0
-        for number, line in enumerate(lines_of(file), part.line):
-            if position >= part.bytes:
-                break
-            position += len(line)
-            if line.strip():
+def lines_of(file: File, fields: Fields, start: int = 0):
+    """(position after it, line) of a folder's list from the position `start` on. A line is a dict of metadata, or
+    {extension: name} of an image and what belongs to it, or Reject, or None for a blank one."""
+    if file.kind == "jsonl":
+        with open(file.fetch(), "rb") as opened:
+            opened.seek(start)
+            while line := opened.readline(MAX_BYTES):  # an endless one comes in pieces, which are no JSON
                 try:
-                    yield number, position, parse_json(line)
+                    yield opened.tell(), parse_json(line) if line.strip() else None
                 except Reject as reason:
-                    yield number, position, reason
-
-
-def read_lines(part: Part, fields: Fields):
-    """Samples of an image folder (the Hugging Face ImageFolder convention), in the order of metadata.jsonl."""
-    key, file = fields.image or "file_name", part.files[0]
-    root = file.path.parent
-    if part.folder:
-        download_images(part, key)
-        root = part.folder / Path(file.name).parent
-    root = root.resolve()
-    for number, part.done, info in metadata(part):
-        name = f"metadata.jsonl:{number}"
-        try:
-            if isinstance(info, Reject):
-                raise info
-            texts = fields.captions(info)
-            if not isinstance(info.get(key), str):
-                raise Reject("bad metadata")
-            name = info[key]
-            yield name, read_inside(root, name), texts
-        except Reject as reason:
-            yield name, reason, None
-
-
-def download_images(part: Part, key: str) -> None:
-    """Fetches what the lines of a part name, as far as the repository has it."""
-    repository, within = part.files[0].repository, part.files[0].name.removesuffix("metadata.jsonl")
-    names = (within + str(info.get(key)) for _, _, info in metadata(part) if isinstance(info, dict))
-    names = [name for name in dict.fromkeys(names) if name in repository.files]
-    with concurrent.futures.ThreadPoolExecutor(DOWNLOADS) as pool:
-        for _ in pool.map(lambda name: repository.download(name, part.folder), names):
-            pass
-
-
-def read_inside(root: Path, name: str) -> bytes:
-    """The bytes of the file `name` in the folder `root` (resolved); Reject if it is missing, too large or elsewhere."""
-    try:
-        file = (root / name).resolve()  # follows links and "..": what counts is where the file really is
-        if not file.is_relative_to(root):
-            raise Reject("outside the folder")
-        if not file.is_file():
-            raise Reject("missing file")
-        if file.stat().st_size > MAX_BYTES:
-            raise Reject("too many bytes")
-        return file.read_bytes()
-    except (OSError, ValueError, RuntimeError):  # no permission, name too long; a null byte in it; a loop of links
-        raise Reject("missing file") from None
+                    yield opened.tell(), reason
+    else:
+        read = {"csv": csv_rows, "rows": parquet_rows}.get(file.kind)
+        samples = (sample for _, sample in group(zip(file.members, file.members), fields))
+        yield from itertools.islice(enumerate(read(file.fetch()) if read else samples, 1), start, None)
 
 
 def parse_json(data: bytes) -> dict:
@@ -315,144 +340,284 @@ def parse_json(data: bytes) -> dict:
         raise Reject("bad metadata") from None
 
 
+def csv_rows(path: Path):
+    """The rows of a CSV file as dicts, or Reject. Columns are separated by what the first line has most of."""
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as opened:
+        first = opened.readline(MAX_BYTES)
+        lines = itertools.chain([first], iter(lambda: opened.readline(MAX_BYTES), ""))
+        reader = csv.reader(lines, delimiter=max(",;\t", key=first.count))
+        header = next(reader, [])
+        while True:
+            try:
+                row = dict(zip(header, next(reader)))
+                "".join(row.values()).encode()
+                yield row or None
+            except StopIteration:
+                return
+            except csv.Error:  # an endless field
+                yield Reject("bad metadata")
+            except UnicodeEncodeError:
+                yield Reject("caption not in UTF-8")
+
+
+def parquet_rows(path: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    try:
+        with pq.ParquetFile(path) as table:
+            for batch in table.iter_batches(PARQUET_ROWS):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError, ValueError):
+        yield Reject(BROKEN_PARQUET)
+
+
+def read_lines(part: Part, file: File, fields: Fields):
+    """Samples of a folder of images, in the order of its list."""
+    listed, key = file.kind != "images", fields.image or "file_name"
+    folder = PurePosixPath(file.name).parent if listed else PurePosixPath()
+    lines = lambda: itertools.islice(lines_of(file, fields, part.start), part.lines)
+    if part.folder:
+        found = [line for _, line in lines() if isinstance(line, dict)]
+        names = {(folder / form).as_posix() for line in found for name in ([line.get(key)] if listed else line.values())
+                 for form in forms(str(name))}
+        with concurrent.futures.ThreadPoolExecutor(DOWNLOADS) as pool:
+            fetch = functools.partial(file.repository.download, folder=part.folder)
+            list(pool.map(fetch, sorted(names & file.repository.files.keys())))
+    root = (part.folder / folder if part.folder else file.path.parent if listed else file.path).resolve()
+    read = functools.partial(read_inside, root)
+    for number, (position, line) in enumerate(lines(), part.line):
+        part.done, name = position - part.start, f"{file.name}:{number}"
+        if not listed and isinstance(line, dict):
+            yield attempt(next(iter(line.values())), read_sample, line, read, fields)
+        elif isinstance(line, Reject):
+            yield name, line, None
+        elif line is not None:
+            image, texts = line.get(key), fields.captions(line)
+            if isinstance(image, str):
+                yield attempt((folder / image).as_posix(), lambda: (read(image), texts))
+            else:
+                yield name, Reject("no file name in this row"), None
+
+
+def forms(name: str) -> list[str]:
+    """A name as it is, with the other slash, and in both Unicode forms that systems write."""
+    slashed = name.replace("\\", "/")
+    return list(dict.fromkeys([name, slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD"))]))
+
+
+def read_inside(root: Path, name: str) -> bytes:
+    """The bytes of the file `name` in the folder `root` (resolved); Reject if it is missing, too large or elsewhere."""
+    for form in forms(name):
+        file = root / form
+        try:
+            if not (Path(os.path.normpath(file)).is_relative_to(root) or file.resolve().is_relative_to(root)):
+                raise Reject("outside the folder")
+            if file.is_file() and file.stat().st_size > MAX_BYTES:
+                raise Reject("too many bytes")
+            if file.is_file():
+                return file.read_bytes()
+        except PermissionError:
+            raise Reject("unreadable file") from None
+        except (OSError, ValueError, RuntimeError):  # a name that is too long; a null byte in it; a loop of links
+            pass
+    raise Reject("missing file")
+
+
+# ---- samples by key: tars, and images with captions beside them ------------------------------------------------------
+
+
+def split_name(name: str, fields: Fields) -> tuple[str, str] | None:
+    """(key, extension) of a member, cut at the last dot or before an extension that the user named; None: litter."""
+    name = unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./")
+    given = [f".{x}" for x in (fields.image, fields.long, fields.short) if x and name.endswith(f".{x}")]
+    key, dot, extension = name.rpartition(given[0] if given else ".")
+    if not dot or "/" in extension or is_litter(name):
+        return None
+    return key, given[0][1:] if given else extension.lower()
+
+
+def group(members, fields: Fields):
+    """(name, member) pairs in any order -> (key, {extension: member}) of the samples, in the order of their first ones.
+    A dotted key such as x.mask without a caption belongs to the image x."""
+    found = {}
+    for name, member in members:
+        if split := split_name(name, fields):
+            samples = found.setdefault(split[0], [])
+            if not samples or split[1] in samples[-1]:  # a second sample under the same key
+                samples.append({})
+            samples[-1][split[1]] = member
+    for key, samples in found.items():
+        folder, slash, file = key.rpartition("/")
+        [owner, *_] = found.get(folder + slash + file.partition(".")[0], samples)
+        for sample in samples:
+            images = [extension for extension in sample if extension in IMAGE_EXTENSIONS]
+            complete = images and {"txt", "json"} & sample.keys()
+            if "." in file and not complete:
+                fields.see(f"{file}.{extension}".partition(".")[2] for extension in sample)
+            if owner is samples[0] or complete or not owner.keys() & {*IMAGE_EXTENSIONS, fields.image}:
+                more = [] if fields.image else images[1:]
+                yield key, {extension: member for extension, member in sample.items() if extension not in more}
+                yield from ((key, Reject("another image under this key")) for _ in more)
+
+
+def read_sample(members: dict, read, fields: Fields) -> tuple[bytes, dict]:
+    """(image bytes, captions) of {extension: member}; `read` returns a member's bytes. KEY.txt, where it is not empty,
+    is the long caption, unless the user named another file or a key of KEY.json. A caption that cannot be read is the
+    reason only where there is no other."""
+    if isinstance(members, Reject):
+        raise members
+    wanted = (fields.image, fields.image.lower()) if fields.image else IMAGE_EXTENSIONS
+    image = next((member for extension, member in members.items() if extension in wanted), None)
+    if image is None:
+        fields.see(members)
+        raise Reject("no image under this key")
+    info, problem = dict.fromkeys(members), None
+    for extension in ("json", "txt", fields.long, fields.short):
+        try:
+            if extension == "json" and extension in members:
+                info |= parse_json(read(members[extension]))
+            elif extension in members:
+                info[extension] = read(members[extension]).decode("utf-8-sig")
+        except UnicodeDecodeError:
+            problem = Reject("caption not in UTF-8")
+        except Reject as reason:
+            problem = reason
+    texts = fields.captions(info)
+    if not fields.long:
+        texts["long"] = first_text([info.get("txt"), texts["long"]])
+    if problem and not texts["long"]:
+        raise problem
+    return read(image), texts
+
+
 # ---- WebDataset tars -------------------------------------------------------------------------------------------------
 
 
 def read_tar(part: Part, file: File, before: int, fields: Fields):
-    """Samples of a tar in stream order: KEY.jpg, .jpeg, .png or .webp with KEY.txt or KEY.json."""
-    path = file.fetch(part.folder)
+    """Samples of a tar: KEY.jpg or another image with KEY.txt or KEY.json, side by side or not."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            members = (m for m in tar if m.isreg() and split_name(m.name))  # no links, devices or hidden files
-            for key, group in itertools.groupby(members, lambda m: split_name(m.name)[0]):
-                name = f"{file.name}:{key}"
-                try:
-                    yield name, *read_group(tar, group, fields)
-                except Reject as reason:
-                    yield name, reason, None
-                part.done = before + tar.offset
-                tar.members.clear()  # or a tar of a million members keeps a million headers
-            # tarfile takes a damaged header for the end of the archive; a real end is zeros, or the end of the file
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError
-    except (tarfile.TarError, OSError, EOFError, ValueError):
-        yield file.name, Reject("broken tar (what follows the damage is lost)"), None
+        with open(file.fetch(part.folder), "rb") as data:
+            if data.read(8).startswith(COMPRESSED):
+                yield file.name, Reject("compressed tar (decompress it first)"), None
+                return
+
+            def read(member):
+                offset, size = member
+                if size > MAX_BYTES:
+                    raise Reject("too many bytes")
+                part.done = before + offset
+                data.seek(offset)
+                return data.read(size)
+
+            damage = []
+            for key, sample in group(members_of(data, damage), fields):
+                yield attempt(f"{file.name}:{key}", read_sample, sample, read, fields)
+            if damage:
+                yield file.name, Reject(BROKEN_TAR), None
+    except OSError:
+        yield file.name, Reject(BROKEN_TAR), None
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension) of a member, cut at the first dot of its file name as in WebDataset; None for hidden files."""
-    folder, slash, file = name.rpartition("/")
-    stem, dot, extension = file.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem and dot else None
+def members_of(data, damage: list):
+    """(name, (offset, size)) of the members of an open tar, and of tars joined to its end, from their headers alone.
+    Links, devices and what is cut off are left out; `damage` gets the last error, if there is any."""
+    class Header(tarfile.TarInfo):
+        @classmethod
+        def frombuf(cls, *args):
+            try:
+                return super().frombuf(*args)
+            except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+                damage[:] = [error]  # tarfile passes over it in silence
+                raise
 
-
-def read_group(tar: tarfile.TarFile, members, fields: Fields) -> tuple[bytes, dict]:
-    """(image bytes, captions) of the members that share a key. KEY.txt, where it is not empty, is the long caption,
-    unless the user named a JSON key."""
-    parts, images = {}, [fields.image.lower()] if fields.image else IMAGE_EXTENSIONS
-    for member in members:
-        extension = split_name(member.name)[1]
-        kind = "image" if extension in images else extension
-        if kind in ("image", "txt", "json") and kind not in parts:  # of several images under one key, the first
-            if member.size > MAX_BYTES:
-                raise Reject("too many bytes")
-            parts[kind] = tar.extractfile(member).read()
-    if "image" not in parts:
-        raise Reject("no image under this key")
-    texts = fields.captions(parse_json(parts.get("json", b"{}")))
+    total = data.seek(0, os.SEEK_END)
+    data.seek(0)
     try:
-        text = parts.get("txt", b"").decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise Reject("caption not in UTF-8") from None
-    return parts["image"], {**texts, "long": text} if text.strip() and not fields.long else texts
-
-
-def samples_in(file: File, look: int = 100) -> float:
-    """About how many samples a tar holds, by the size of its first ones."""
-    keys = set()
-    try:
-        with tarfile.open(file.path, "r:") as tar:
+        with tarfile.open(fileobj=data, mode="r:", tarinfo=Header, ignore_zeros=True) as tar:
             for member in tar:
-                if split_name(member.name):
-                    keys.add(split_name(member.name)[0])
-                if len(keys) > look:
-                    return look * file.bytes / max(member.offset, 1)
-    except (tarfile.TarError, OSError, EOFError, ValueError):
-        pass
-    return len(keys)
+                if member.isreg() and member.offset_data + member.size <= total:
+                    yield member.name, (member.offset_data, member.size)
+                tar.members.clear()  # or a tar of a million members keeps a million headers
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        damage.append(error)
+
+
+def samples_in(file: File, fields: Fields) -> int:
+    with open(file.path, "rb") as data:
+        return sum(1 for _ in group(members_of(data, []), fields))
 
 
 # ---- Parquet ---------------------------------------------------------------------------------------------------------
 
 
-def parquet_columns(path: Path, name: str, fields: Fields, needs_captions: bool) -> tuple[dict, int] | None:
-    """({"image", "long", "short"}: column names or None, number of rows) of a Parquet file; None if it is broken;
+def parquet_columns(path: Path, name: str, fields: Fields, needs_captions: bool) -> tuple[dict, int]:
+    """({"image", "long", "short"}: names of columns, number of rows) of a Parquet file; Reject if it is broken;
     UserError if no column fits."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     try:
         with pq.ParquetFile(path) as table:
             schema, rows = table.schema_arrow, table.metadata.num_rows
+            fields.see(schema.names)
     except (pa.ArrowException, OSError, ValueError):
-        return None
-    binary = [c.name for c in schema if is_binary(c.type) or
-              pa.types.is_struct(c.type) and any(f.name == "bytes" and is_binary(f.type) for f in c.type)]
+        raise Reject(BROKEN_PARQUET) from None
+    binary = [c.name for c in schema if holds(c.type, "binary") or
+              pa.types.is_struct(c.type) and any(f.name == "bytes" and holds(f.type, "binary") for f in c.type)]
+    text = [c.name for c in schema if holds(c.type, "binary", "string")]
     chosen = {}
-    for what, usual, among in (("image", IMAGE_FIELDS, binary), ("long", LONG_FIELDS, schema.names),
-                               ("short", SHORT_FIELDS, schema.names)):
+    for what, among in (("image", binary), ("long", text), ("short", text)):
         given = getattr(fields, what)
-        column = next((c for c in ([given] if given else usual) if c in among), None)
+        columns = [c for c in fields.names(what) if c in among]
         if what == "image" and not given and len(binary) == 1:
-            column = binary[0]  # whatever its name
-        if column is None and (given or what == "image" or what == "long" and needs_captions):
+            columns = binary  # whatever its name
+        if not columns and (given or what == "image" or what == "long" and needs_captions):
             sought = repr(given) if given else {"image": "of encoded images", "long": "of captions"}[what]
             raise UserError(f"{name} has no column {sought} that can serve as --{what}-field; its columns are "
                             f"{', '.join(f'{c.name} ({c.type})' for c in list(schema)[:40])}")
-        chosen[what] = column
+        chosen[what] = columns
     return chosen, rows
 
 
-def is_binary(type) -> bool:
-    import pyarrow as pa
-    return pa.types.is_binary(type) or pa.types.is_large_binary(type)
+def holds(type, *kinds: str) -> bool:
+    """Whether an Arrow type is binary or string, also a large one, a view or a dictionary of them."""
+    name = str(type).removeprefix("dictionary<values=").partition("<")[0].partition(",")[0]
+    return any(kind in name for kind in kinds)
 
 
 def read_parquet(part: Part, file: File, before: int, fields: Fields, needs_captions: bool):
     """Samples of a Parquet file, a few rows at a time. Images are bytes, or structs {bytes, path} as `datasets` has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    path, broken = file.fetch(part.folder), Reject("broken Parquet file (what follows the damage is lost)")
-    if (found := parquet_columns(path, file.name, fields, needs_captions)) is None:
-        yield file.name, broken, None
-        return
-    columns, rows = found
-    row = 0
+    path, row = file.fetch(part.folder), 0
     try:
+        columns, rows = parquet_columns(path, file.name, fields, needs_captions)
         with pq.ParquetFile(path, pre_buffer=False) as table:  # or a whole row group is read ahead
-            for batch in table.iter_batches(PARQUET_ROWS, columns=[c for c in columns.values() if c]):
+            for batch in table.iter_batches(PARQUET_ROWS, columns=list(itertools.chain(*columns.values()))):
                 for i in range(batch.num_rows):
-                    name = f"{file.name}:{row}"
-                    try:
-                        yield name, *read_row(batch, i, columns)
-                    except Reject as reason:
-                        yield name, reason, None
+                    yield attempt(f"{file.name}:{row}", read_row, batch, i, columns)
                     row += 1
                     part.done = before + file.bytes * row // rows
-    except (pa.ArrowException, OSError, ValueError):
-        yield file.name, broken, None
+    except UserError:
+        yield file.name, Reject("no fitting column in this file"), None
+    except (pa.ArrowException, OSError, ValueError, Reject):
+        yield file.name, Reject(BROKEN_PARQUET), None
 
 
 def read_row(batch, i: int, columns: dict) -> tuple[bytes, dict]:
-    """(image bytes, captions) of row i of a record batch."""
+    """(image bytes, captions) of row i of a record batch: the first content in the columns, whose names may repeat."""
+    def values(what):
+        for column in (n for name in columns[what] for n in batch.schema.get_all_field_indices(name)):
+            value = batch.column(column)[i].as_py()
+            yield value.get("bytes") if isinstance(value, dict) else value
+
     try:
-        values = {what: batch.column(name)[i].as_py() for what, name in columns.items() if name}
+        texts = {what: first_text(v.decode() if isinstance(v, bytes) else v for v in values(what))
+                 for what in ("long", "short")}
     except UnicodeDecodeError:
         raise Reject("caption not in UTF-8") from None
-    image = values["image"].get("bytes") if isinstance(values["image"], dict) else values["image"]
-    if not isinstance(image, bytes):
+    image = next((value for value in values("image") if isinstance(value, bytes)), None)
+    if image is None:
         raise Reject("no image in this row")
     if len(image) > MAX_BYTES:
         raise Reject("too many bytes")
-    texts = {what: values.get(what) for what in ("long", "short")}
-    return image, {what: text if isinstance(text, str) else "" for what, text in texts.items()}
+    return image, texts

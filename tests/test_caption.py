@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -172,6 +173,28 @@ def test_a_folder_is_captioned_and_what_was_there_is_kept(model, tmp_path, capsy
     assert "skipped 'bad.jpg'" in out and "captioned 3 of 5 images, 1 had captions, 1 were skipped" in out
     after = (folder / "metadata.jsonl").read_bytes()
     assert C.caption_folder(folder, str(model)) == (0, 1) and (folder / "metadata.jsonl").read_bytes() == after
+
+
+def test_captions_of_other_kinds_are_not_hidden(tmp_path, capsys):
+    for kind in ("a.txt", "metadata.csv", "metadata.parquet"):
+        (tmp_path / kind / ".cache").mkdir(parents=True)
+        for name in ("a.png", ".cache/hidden.png"):
+            picture(0, 60, 60).save(tmp_path / kind / name)
+        (tmp_path / kind / kind).write_text("by hand")
+        with pytest.raises(UserError, match=rf"holds captions in {kind}, which a metadata.jsonl would hide; .*--cap"):
+            C.caption_folder(tmp_path / kind, "some/model")
+        assert not (tmp_path / kind / "metadata.jsonl").exists()
+
+
+def test_hidden_images_get_no_caption_and_the_printed_command_runs(model, tmp_path, capsys):
+    folder = tmp_path / "my photos"
+    for name in ("a.png", ".cache/b.png", "@eaDir/c.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(0, 300, 300).save(folder / name)
+    assert C.caption_folder(folder, str(model)) == (1, 0)
+    line = capsys.readouterr().out.splitlines()[-1].replace("--out shards", f"--out {tmp_path}/shards --eval-share 0")
+    done = subprocess.run(line, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and "kept 1 of 1 images" in done.stdout, done.stderr
 
 
 def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path, monkeypatch):

@@ -175,9 +175,28 @@ def test_data_folders(in_tmp):
     (in_tmp / "a:0.5").mkdir()
     assert shards.data_folders("a:0.5") == [("a:0.5", 1.0)]
     assert shards.data_folders("A:0.7,B/c:.3,D") == [("A", 0.7), ("B/c", 0.3), ("D", 1.0)]
+    for name in ("run:2", "a,b", "x,y:3,z"):
+        (in_tmp / name).mkdir()
+        assert shards.data_folders(name) == [(name, 1.0)]
+        assert shards.data_folders(f"{name}:0.5,D") == [(name, 0.5), ("D", 1.0)]
+        path = str(in_tmp / name)
+        assert shards.data_folders(f"D:2,{path},{name}/") == [("D", 2.0), (path, 1.0), (f"{name}/", 1.0)]
+    assert shards.data_folders("run:2,a,b:0.5,x,y:3,z") == [("run:2", 1.0), ("a,b", 0.5), ("x,y:3,z", 1.0)]
     for bad in ("A:0", "A,,B"):
         with pytest.raises(UserError, match="is not a list of folders with positive weights"):
             shards.data_folders(bad)
+
+
+def test_a_printed_command_runs_from_any_folder(in_tmp, monkeypatch):
+    (in_tmp / "a b").mkdir()
+    for here in (in_tmp, ROOT, ROOT / "data"):
+        monkeypatch.chdir(here)
+        line = shards.command("data/prepare.py", "--verify", in_tmp / "a b")
+        done = subprocess.run(line, shell=True, capture_output=True, text=True)
+        assert done.returncode == 2 and "a b holds no index.json" in done.stderr, done.stderr
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "executable", str(ROOT / ".venv/bin/python"))
+    assert shards.command("train_prx.py", "--data", "a b", 3) == ".venv/bin/python train_prx.py --data 'a b' 3"
 
 
 def test_a_grid_shows_the_images_and_their_prompts(tmp_path):
@@ -413,6 +432,22 @@ def odd_pictures() -> dict:
     for name, info in texts.items():
         odd[f"1.5 MB of {name}"] = file_of(rgb, pnginfo=info), rgb, 0
     odd["a profile of 1.5 MB"] = file_of(rgb, icc_profile=bytes(1_500_000)), rgb, 0
+
+    # what a PNG holds beside its pixels, damaged or odd
+    plain, turned = file_of(rgb), file_of(rgb, icc_profile=p3, exif=exif(orientation=6))
+    for name, kind, body in [
+            ("a cut pHYs", b"pHYs", b"ab"), ("a cut gAMA", b"gAMA", b"a"), ("a cut cHRM", b"cHRM", b"a"),
+            ("an empty sRGB", b"sRGB", b""), ("a text without a method", b"zTXt", b"a\0\7xx"),
+            ("a profile without a method", b"iCCP", b"a\0\7xx"), ("a profile without a name", b"iCCP", b"a"),
+            ("a text called transparency", b"tEXt", b"transparency\0yes"),
+            ("a text called bbox", b"tEXt", b"bbox\0yes"),
+            ("a text called icc_profile", b"tEXt", b"icc_profile\0yes"), ("a cut animation", b"acTL", b"ab"),
+            ("a text of 70 MB", b"zTXt", b"a\0\0" + zlib.compress(bytes(70 * 2**20)))]:
+        odd[f"png with {name}"] = add_chunk(plain, kind, body), rgb, 0
+        odd[f"png with {name} at its end"] = plain[:-12] + png_chunk(kind, body) + plain[-12:], rgb, 0
+    text = png_chunk(b"tEXt", b"a\0b")
+    odd["png with a text whose checksum is wrong"] = plain[:33] + text[:-1] + b"?" + plain[33:], rgb, 0
+    odd["png with a cut pHYs, in P3, turned"] = add_chunk(turned, b"pHYs", b"ab"), np.rot90(in_p3, -1), 3
 
     # refused
     odd["a truncated jpeg"] = file_of(smooth(400, 400), "JPEG")[:3000], "broken image", 0

@@ -178,7 +178,8 @@ def test_the_last_line_is_the_next_command_and_limit_stops_early(tmp_path, capsy
     assert prep.prepare(source, tmp_path / "out", limit=2, eval_share=0)["count"] == 2
     printed = capsys.readouterr().out.splitlines()
     assert printed[-2].startswith("kept 2 of 2 images, 2 samples for training and 0 for evaluation, 1 shards, 0.0 MB")
-    assert printed[-1] == f"python train_prx.py --track micro --data {tmp_path / 'out'}"
+    assert printed[-1] == shards.command("train_prx.py", "--track", "micro", "--data", tmp_path / "out")
+    assert "warning: 0 of 2 images are held out" in printed[-3] and "--overwrite --eval-share 0.5" in printed[-3]
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------
@@ -284,7 +285,7 @@ def test_small_images_are_skipped_unless_min_size_allows_them(tmp_path):
     assert prep.prepare(source, tmp_path / "out", min_size=16, overwrite=True)["count"] == 2
 
 
-def test_file_names_that_leave_the_folder_or_lead_nowhere_are_skipped(tmp_path):
+def test_file_names_that_leave_the_folder_or_lead_nowhere_are_skipped_and_links_are_followed(tmp_path):
     (tmp_path / "secret.png").write_bytes(encode(picture(1)))
     source = folder(tmp_path / "in", {"a/good.png": encode(picture())}, [
         {"file_name": name, "text": "x"}
@@ -293,11 +294,144 @@ def test_file_names_that_leave_the_folder_or_lead_nowhere_are_skipped(tmp_path):
     ] + ["[1]", "{}", '{"file_name": 3}', "[" * 100_000, ""])
     (source / "link.png").symlink_to(tmp_path / "secret.png")
     (source / "loop.png").symlink_to("loop.png")
-    assert prep.prepare(source, tmp_path / "out")["count"] == 1
+    assert prep.prepare(source, tmp_path / "out", eval_share=0)["count"] == 2  # the link's and the good one
     assert skipped(tmp_path / "out") == {
-        "outside the folder": ["../secret.png", str(tmp_path / "secret.png"), "link.png"],
+        "outside the folder": ["../secret.png", str(tmp_path / "secret.png")],
         "missing file": ["gone.png", "a", "loop.png", "nul\0.png", "n" * 200],  # the report cuts long names
-        "bad metadata": [f"metadata.jsonl:{i}" for i in (10, 11, 12, 13)]}
+        "bad metadata": ["metadata.jsonl:10", "metadata.jsonl:13"],
+        "no file name in this row": ["metadata.jsonl:11", "metadata.jsonl:12"]}
+
+
+def odd_image(kind: str, i: int) -> bytes | None:
+    """One that cannot be used, and each a different one; None: no file."""
+    return {"too small": lambda: encode(picture(i, 16, 48)),
+            "another format": lambda: encode(picture(i), "TIFF"),
+            "cut": lambda: encode(picture(i))[:200 + i],
+            "no image": lambda: b"text %d" % i,
+            "missing": lambda: None,
+            "the same": lambda: encode(picture(0), compress_level=i % 10) + bytes(i),
+            "no caption": lambda: encode(picture(i))}[kind]()
+
+
+ODD_IMAGES = ["too small", "another format", "cut", "no image", "missing", "the same", "no caption"]
+
+
+@pytest.mark.parametrize("kind", ODD_IMAGES)
+@pytest.mark.parametrize("source", ["folder", "tar"])
+def test_good_images_behind_a_hundred_bad_ones_are_kept(tmp_path, capsys, kind, source):
+    bad = {f"{i:03d}": odd_image(kind, i) for i in range(110)}
+    images = {name: data for name, data in bad.items() if data} | {f"x{i}": encode(picture(200 + i)) for i in range(5)}
+    names = [*bad, *(f"x{i}" for i in range(5))]
+    caption = lambda name: "" if kind == "no caption" and name in bad else f"a caption of {name}"
+    if source == "tar":
+        members = [(f"{name}.{x}", data) for name in names for x, data in
+                   (("jpg", images.get(name)), ("txt", caption(name).encode())) if data is not None]
+        path = tar(tmp_path / "a.tar", members)
+    else:
+        path = folder(tmp_path / "in", images, [{"file_name": name, "text": caption(name)} for name in names])
+    prep.prepare(path, tmp_path / "out", eval_share=0)
+    kept = texts(tensors(tmp_path / "out"), "long")
+    expected = [f"a caption of x{i}" for i in range(5)]
+    assert kept == (["a caption of 000"] if kind == "the same" else []) + expected
+    reason = {"too small": "smaller than --min-size", "another format": "not a JPEG, PNG, WebP, GIF or BMP image",
+              "cut": "broken image", "no image": "not a JPEG, PNG, WebP, GIF or BMP image", "the same": "duplicate",
+              "missing": "missing file" if source == "folder" else "no image under this key",
+              "no caption": "no caption"}
+    counts = json.loads((tmp_path / "out/index.json").read_text())["skipped"]
+    assert counts == {reason[kind]: 109 if kind == "the same" else 110}
+
+
+LACKS = {
+    "another key": (lambda i: {"image": f"{i}.png", "text": "x"}, {},
+                    r"no file name in this row: 12\); their fields are image, text: name one with --image-field$"),
+    "another field": (lambda i: {"file_name": f"{i}.png", "words": "x"}, {},
+                      r"no caption: 12\); their fields are file_name, words: name one with --long-field; --caption"),
+    "small images": (lambda i: {"file_name": f"{i}.png", "text": "x"}, {"size": 64}, r"smaller than --min-size: 12\)$"),
+    "all and one more": (lambda i: {"file": "x"} if i else {"file_name": "0.png"}, {},
+                         "no caption: 1, no file name in this row: 11.*name one with --long-field or --image-field")}
+
+
+@pytest.mark.parametrize("kind", LACKS)
+@pytest.mark.parametrize("lines", [20_000, 5])
+def test_advice_fits_the_reason_also_after_the_first_of_several_parts(tmp_path, monkeypatch, kind, lines):
+    monkeypatch.setattr(prep.sources, "PART_LINES", lines)
+    line, settings, says = LACKS[kind]
+    source = folder(tmp_path / "in", {f"{i}.png": encode(picture(i)) for i in range(12)}, [line(i) for i in range(12)])
+    if lines == 5 and kind != "small images":
+        says = says.replace("12", "5").replace("11", "4")
+    with pytest.raises(prep.UserError, match=says):
+        prep.prepare(source, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_advice_for_a_tar_names_the_endings_that_were_met(tmp_path):
+    source = tar(tmp_path / "a.tar", [(f"{i}.{x}", b"x") for i in range(3) for x in ("picture", "words")])
+    with pytest.raises(prep.UserError, match="under this key: 3.*fields are picture, words: name one with --image"):
+        prep.prepare(source, tmp_path / "out")
+    assert "--caption" not in prep.nothing_usable(["a"], [], {"no image under this key": 3}, 0, ["picture"])
+
+
+def test_what_is_not_read_is_said(tmp_path, capsys):
+    images = {f"{i}.png": encode(picture(i)) for i in range(5)}
+    source = folder(tmp_path / "in", images | {"notes.md": b"#", "old.zip": b"x", "b.zip": b"x", "LICENSE": b"x"},
+                    [{"file_name": f"{i}.png", "text": "x"} for i in range(3)])
+    prep.prepare(source, tmp_path / "out", eval_share=0)
+    printed = capsys.readouterr().out
+    assert "metadata.jsonl lists 3 images, and its folder holds 5: the others are left out" in printed
+    assert "passed over 4 other file(s) (.zip: 2, no ending: 1, .md: 1)" in printed
+
+
+def test_images_of_rare_shapes_are_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prep, "RARE", 3)
+    sizes = [(64, 64)] * 4 + [(96, 64)] * 2 + [(64, 140)]
+    images = {f"{i}.png": encode(picture(i, *size)) for i, size in enumerate(sizes)}
+    source = folder(tmp_path / "in", images, [{"file_name": name, "text": "x"} for name in images])
+    prep.prepare(source, tmp_path / "out", eval_share=0, size=64, crop="buckets")
+    assert "warning: 3 images are of 2 rare shapes" in capsys.readouterr().out
+    prep.prepare(source, tmp_path / "square", eval_share=0, size="32,64")
+    assert "rare shapes" not in capsys.readouterr().out
+
+
+FOREIGN = {
+    "Chinese": ("一只红色的猫坐在蓝色的沙发上", False),
+    "Japanese": ("赤い帽子をかぶった猫が椅子に座っている", False),
+    "Chinese with some English": ("a cat 一只红色的猫坐在蓝色的沙发上", False),
+    "percent-encoded": ("%E7%8C%AB %E7%8C%AB", False),
+    "strokes and compatibility": ("㐀㐁㐂 ㇰㇱ 㒀", False),
+    "English with a Chinese word": ("a neon sign that reads 拉面 in a narrow street at night", True),
+    "Russian": ("красная кошка сидит на диване", True),
+    "Korean": ("빨간 고양이가 소파에 앉아 있다", True),
+    "Arabic": ("قطة حمراء على الأريكة", True),
+    "Thai": ("แมวสีแดงบนโซฟา", True),
+    "Greek": ("μια κόκκινη γάτα", True),
+    "accents": ("une étoile déjà gelée, où l'œil se noie", True),
+    "mojibake": ("une Ã©toile dÃ©jÃ\xa0 gelÃ©e", True),
+    "full width": ("Ａ ＲＥＤ ＣＡＴ", True), "ligatures": ("a ﬁne oﬃce ﬂoor", True),
+    "an address": ("a cat, https://example.com/a/very/long/address/that/is/longer/than/the/caption", True),
+    "a hashtag": ("@somebody_with_a_name a cat #sunset", True)}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_caption_whose_letters_the_cleaning_removes_is_counted_under_its_own_reason(kind):
+    text, good = FOREIGN[kind]
+    if kind == "percent-encoded":
+        assert prep.clean(text) == ""
+    elif good:
+        assert prep.clean(text) == prep.text_preprocessor().clean_text(text) != ""
+    else:
+        with pytest.raises(prep.Reject, match="cleaning removes the caption's letters"):
+            prep.clean(text)
+        assert prep.clean_short(text) == ""
+
+
+def test_a_foreign_short_caption_spoils_no_sample(tmp_path, capsys):
+    images = {f"{i}.png": encode(picture(i)) for i in range(3)}
+    lines = [{"file_name": "0.png", "text": "a cat", "text_short": "猫"},
+             {"file_name": "1.png", "text": "红色的猫"},
+             {"file_name": "2.png", "text": "a dog", "text_short": "x" * 20_000}]
+    prep.prepare(folder(tmp_path / "in", images, lines), tmp_path / "out", eval_share=0)
+    assert texts(tensors(tmp_path / "out"), "long") == ["a cat", "a dog"]
+    assert skipped(tmp_path / "out") == {"cleaning removes the caption's letters": ["1.png"]}
 
 
 # ---- tars ------------------------------------------------------------------------------------------------------------
@@ -329,7 +463,8 @@ def test_bad_groups_of_a_tar_are_skipped_and_named(tmp_path):
     prep.prepare(source, tmp_path / "out")
     assert skipped(tmp_path / "out") == {
         "no caption": ["a.tar:nocaption", "a.tar:list"], "caption not in UTF-8": ["a.tar:latin"],
-        "bad metadata": ["a.tar:json"], "no image under this key": ["a.tar:README"]}
+        "bad metadata": ["a.tar:json"], "no image under this key": ["a.tar:README"],
+        "another image under this key": ["a.tar:good"]}
     assert texts(tensors(tmp_path / "out"), "long") == ["good"]
 
 
@@ -348,7 +483,7 @@ def test_a_broken_tar_keeps_what_came_before_and_is_named(tmp_path, damage):
     prep.prepare([tmp_path / "in" / "bad.tar", tmp_path / "in"], tmp_path / "out")
     kept = texts(tensors(tmp_path / "out"), "long")
     assert kept == (["good"] if damage == "no tar" else ["text 0", "text 1", "good"])
-    assert skipped(tmp_path / "out")["broken tar (what follows the damage is lost)"] == ["bad.tar", "bad.tar"]
+    assert skipped(tmp_path / "out")["broken tar (what the damage hit is lost)"] == ["bad.tar", "bad.tar"]
 
 
 # ---- what travels with the data --------------------------------------------------------------------------------------
@@ -475,9 +610,29 @@ def test_the_index_is_moved_into_place_last(tmp_path, monkeypatch):
     assert moved[-5:] == ["model.safetensors", "contact_sheet.png", "report.json", "index.json", "trash"]
 
 
+@pytest.mark.parametrize("text, short", [
+    ("a red ring lies on blue. it is big.", "a red ring lies on blue."),
+    ("one", "one"),
+    ("a cat. it sits on a mat; it is black. the mat is red.", "a cat. it sits on a mat;"),
+    ("mt. fuji at dawn, seen from a lake. a boat drifts by.", "mt. fuji at dawn, seen from a lake."),
+    ("a portrait of dr. chen in a white coat. she smiles.", "a portrait of dr. chen in a white coat."),
+    ("a bottle of no. 5 perfume. the light is soft.", "a bottle of no. 5 perfume."),
+    ("the flag of the u. s. over a house. blue sky.", "the flag of the u. s. over a house."),
+    ("a man reads j. r. r. tolkien in bed. he yawns.", "a man reads j. r. r. tolkien in bed."),
+    ("an old sign of smith & sons (est. 1890) on brick. rust.", "an old sign of smith & sons (est. 1890) on brick."),
+    ("a view of the prof. z. b. building and its yard. trees.", "a view of the prof. z. b. building and its yard."),
+    ("5 p. m. in the old town, gen. lee on a horse! a crowd.", "5 p. m. in the old town, gen. lee on a horse!"),
+    ("a photograph taken at f/1.8 in the evening? nobody knows.", "a photograph taken at f/1.8 in the evening?"),
+    ("no end of the sentence here", "no end of the sentence here")])
+def test_the_first_sentence_is_whole(text, short):
+    assert prep.first_sentence(text) == short
+
+
 def test_the_first_sentence_serves_as_a_short_caption(tmp_path):
     images = {f"{i}.png": encode(picture(i)) for i in range(2)}
-    lines = [{"file_name": "0.png", "text": "A red ring. It lies on blue, to the left."}, {"file_name": "1.png", "text": "one"}]
+    lines = [{"file_name": "0.png", "text": "A red ring of Dr. Chen. It lies on blue."},
+             {"file_name": "1.png", "text": "one"}]
     index = prep.prepare(folder(tmp_path / "in", images, lines), tmp_path / "out", eval_share=0.0,
                          short_field="first-sentence")
-    assert index["captions"] == ["long", "short"] and texts(tensors(tmp_path / "out"), "short") == ["a red ring.", "one"]
+    assert index["captions"] == ["long", "short"]
+    assert texts(tensors(tmp_path / "out"), "short") == ["a red ring of dr. chen.", "one"]

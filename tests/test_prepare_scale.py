@@ -1,11 +1,14 @@
 """data/prepare.py on hundreds of images: formats, networks, kills, ranks, duplicates, a hub on localhost."""
 
 import contextlib
+import csv
+import errno
 import hashlib
 import http.server
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -145,6 +148,134 @@ def test_three_kinds_of_source_give_the_same_shards(three):
         assert not (three / f"out-{kind}" / ".prepare").exists()
 
 
+KINDS_OF_LIST = ("csv", "parquet", "txt")
+
+
+def as_images(path: Path, samples, metadata: str) -> Path:
+    """A folder of images with metadata.csv or .parquet, or with KEY.txt and KEY.json beside each."""
+    path.mkdir(parents=True)
+    for name, data, long, short in samples:
+        (path / name).write_bytes(data)
+        if metadata == "txt":
+            (path / name.replace("png", "txt")).write_text(long)
+            (path / name.replace("png", "json")).write_text(json.dumps({"text_short": short}))
+    names, _, longs, shorts = zip(*samples)
+    table = pa.table({"file_name": names, "text": longs, "text_short": shorts})
+    if metadata == "csv":
+        with open(path / "metadata.csv", "w", newline="") as file:
+            rows = csv.DictWriter(file, table.column_names)
+            rows.writeheader()
+            rows.writerows(table.to_pylist())
+    elif metadata == "parquet":
+        pq.write_table(table, path / "metadata.parquet")
+    return path
+
+
+def test_seven_layouts_of_the_same_images_give_the_same_bytes(samples, tmp_path, hub):
+    samples, settings = samples[:500], dict(size=32, eval_share=0.1, shard_size=200)
+    sources = {"jsonl": as_folder(tmp_path / "jsonl", samples), "tar": as_tars(tmp_path / "tar", samples, 120),
+               "parquet": as_parquet(tmp_path / "parquet", samples, 300),
+               **{f"images-{kind}": as_images(tmp_path / kind, samples, kind) for kind in ("csv", "txt")},
+               "images-parquet": as_images(tmp_path / "images-parquet", samples, "parquet")}
+    indices = {kind: prep.prepare(source, tmp_path / f"out-{kind}", **settings) for kind, source in sources.items()}
+    tables = as_parquet(tmp_path / "hub", samples, 100)
+    Hub.stall, Hub.files = "", {f"data/train-{i:05d}-of-00005.parquet": path.read_bytes()
+                                for i, path in enumerate(sorted(tables.iterdir()))}
+    process = from_hub(hub, 10**9, ("hf://good/set", "--out", tmp_path / "out-hub", "--size", 32, "--eval-share", 0.1,
+                                    "--shard-size", 200))
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    expected, index = contents(tmp_path / "out-jsonl"), indices["jsonl"]
+    assert index["count"] + index["eval_count"] == 500 and len(index["shards"]) >= 4
+    for kind in [*indices, "hub"]:
+        files = contents(tmp_path / f"out-{kind}")
+        other = json.loads((tmp_path / f"out-{kind}/index.json").read_text())
+        assert {**other, "source": 0, "job": 0} == {**index, "source": 0, "job": 0}, kind
+        assert {k: v for k, v in files.items() if k != "index.json"} == {k: v for k, v in expected.items()
+                                                                         if k != "index.json"}, kind
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_LIST)
+def test_a_job_of_any_list_goes_on_after_its_last_part(samples, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sources, "PART_LINES", 9)
+    source, write = as_images(tmp_path / "in", samples[:30], kind), prep.PartWriter.close
+    prep.prepare(source, tmp_path / "undisturbed", eval_share=0.2)
+    done = []
+
+    def fail(self, fields):
+        done.append(self.name)
+        if done == ["part-00000", "part-00001", "part-00002"]:
+            raise OSError("unplugged")
+        return write(self, fields)
+    monkeypatch.setattr(prep.PartWriter, "close", fail)
+    with pytest.raises(OSError, match="unplugged"):
+        prep.prepare(source, tmp_path / "out", eval_share=0.2)
+    prep.prepare(f"{source}/", tmp_path / "out", eval_share=0.2)  # the same folder, written in another way
+    assert done[3:] == ["part-00002", "part-00003"] and contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_another_way_to_write_the_source_is_no_other_job(samples, tmp_path, monkeypatch):
+    source, close = as_tars(tmp_path / "in", samples[:20], 10), prep.PartWriter.close
+    monkeypatch.setattr(prep.PartWriter, "close", lambda self, fields: (_ for _ in ()).throw(OSError("unplugged")))
+    with pytest.raises(OSError, match="unplugged"):
+        prep.prepare(source, tmp_path / "out", eval_share=0)
+    monkeypatch.setattr(prep.PartWriter, "close", close)
+    assert prep.prepare(f"{source}/*.tar", tmp_path / "out", eval_share=0)["count"] == 20
+
+
+def test_two_processes_do_not_prepare_the_same_folder(samples, tmp_path, monkeypatch, capsys):
+    source, out = as_folder(tmp_path / "in", samples[:20]), tmp_path / "out"
+
+    def second(*args):
+        monkeypatch.setattr(prep, "run_parts", run_parts)
+        for again in (dict(), dict(overwrite=True), dict(size=16)):
+            with pytest.raises(UserError, match=f"another process is preparing {out}: wait for it, or take another"):
+                prep.prepare(source, out, eval_share=0, **again)
+        return run_parts(*args)
+    run_parts = prep.run_parts
+    monkeypatch.setattr(prep, "run_parts", second)
+    assert prep.prepare(source, out, eval_share=0)["count"] == 20 and not (out / ".prepare").exists()
+    with pytest.raises(UserError, match="already holds a prepared data set: --overwrite replaces it"):
+        prep.prepare(source, out, eval_share=0)
+
+    def none(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(prep.fcntl, "flock", none)
+    assert prep.prepare(source, out, eval_share=0, overwrite=True)["count"] == 20
+    assert "warning: the file system cannot lock" in capsys.readouterr().out
+
+
+def test_what_is_not_finite_is_left_out_and_counted(samples, tmp_path, monkeypatch, networks):
+    """A latent of one size, latents of both, a text; and a duplicate stays one."""
+    latents, states = prep.Networks.latents, prep.Networks.states
+    bad = {hashlib.sha256(samples[i][1]).digest()[:16] for i in (3, 4, 5)}
+
+    def with_nan(self, images):
+        out = latents(self, images)
+        for row, image in zip(out, images):
+            if image.tobytes() in broken:
+                row[0, 0, 0] = float("nan")
+        return out
+    large, both = (prep.decode(samples[i][1], {size: [(size, size)] for size in (32, 64)}) for i in (3, 4))
+    broken = {large[64].tobytes(), *(image.tobytes() for image in both.values())}
+    text = prep.clean(samples[5][2])
+    monkeypatch.setattr(prep.Networks, "latents", with_nan)
+    monkeypatch.setattr(prep.Networks, "states", lambda self, prompts: [
+        x * float("inf") if prompt == text else x for x, prompt in zip(states(self, prompts), prompts)])
+    source = as_folder(tmp_path / "in", [*samples[:12], ("again.png", samples[7][1], "x", "x")])
+    prep.prepare(source, tmp_path / "out", size="32,64", store="latent,text", eval_share=0, batch=3, **networks)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert (report["read"], report["kept"], report["resolutions"]) == (13, 9, {"32": 9, "64": 9})
+    assert {k: sorted(v["first"]) for k, v in report["skipped"].items()} == {
+        "its latent is not finite": ["00003.png", "00004.png"], "its text's embedding is not finite": ["00005.png"],
+        "duplicate": ["again.png"]}
+    index = json.loads((tmp_path / "out/index.json").read_text())
+    for entry, shard in zip(index["shards"], shards(tmp_path / "out", "train")):
+        keep = [row for row in range(entry["count"]) if row not in entry["skip"]]
+        assert shard["latent"][keep].isfinite().all() and len(keep) == 9
+        assert not bad & {bytes(row.tolist()) for row in shard["hash"][keep]}
+
+
 def test_latents_and_states_are_those_of_the_trainers_own_networks(three, networks, samples):
     from train_prx import VAE, TextEncoder
     index = json.loads((three / "out-folder" / "index.json").read_text())
@@ -195,16 +326,15 @@ def test_jpeg_shards_and_area_filter(samples, tmp_path):
 @pytest.mark.parametrize("settings", [
     dict(size=64, store="jpeg", crop="buckets"), dict(store="latent,text", text="tiny")],
     ids=lambda s: "-".join(map(str, s.values())))
-def test_the_printed_command_trains(settings, samples, networks, tmp_path, capsys):
+def test_the_printed_command_trains(settings, samples, networks, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     networks = networks | ({"text": "tiny"} if settings.get("text") == "tiny" else {})
     index = prep.prepare(as_folder(tmp_path / "in", samples[:60]), tmp_path / "out", **{**networks, **settings})
     if settings.get("text") == "tiny":
         assert index["text"] == {"text": "tiny", "width": 96, "max_tokens": 40}
     assert verify(tmp_path / "out") == len(index["shards"]) + 2
-    words = capsys.readouterr().out.splitlines()[-1].split()
-    assert words[:2] == ["python", "train_prx.py"]
-    command = [sys.executable, ROOT / "train_prx.py", *words[2:]]
-    done = subprocess.run([*command, "--steps", "2", "--samples", "0", "--compile", "off", "--name", "r"], cwd=tmp_path,
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    done = subprocess.run([*words, "--steps", "2", "--samples", "0", "--compile", "off", "--name", "r"], cwd=tmp_path,
                           text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
 
@@ -216,11 +346,13 @@ def test_the_printed_command_trains(settings, samples, networks, tmp_path, capsy
     (dict(size=512, store="latent,image"), ["long", "short"], "raw",
      "--track 24h --data d --resolution 512 --vae repa-e"),
     (dict(size=256), ["long"], "raw", "--track mini --data d")])
-def test_the_printed_command_says_what_the_track_does_not(settings, captions, image, says):
+def test_the_printed_command_says_what_the_track_does_not(settings, captions, image, says, monkeypatch):
     import train_prx
     s = prep.Settings(**settings)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "executable", str(ROOT / ".venv/bin/python"))
     command = prep.next_command(Path("d"), s, {"captions": captions, "image": image})
-    assert command == f"python train_prx.py {says}"
+    assert command == f".venv/bin/python train_prx.py {says}"
     train_prx.parse_args(command.split()[2:])  # no flag is unknown
 
 
@@ -506,7 +638,7 @@ def test_fields_are_found_by_usual_names_or_named_and_otherwise_listed(samples, 
     source = as_folder(tmp_path / "in", samples[:120])
     lines = (source / "metadata.jsonl").read_text().replace('"text"', '"words"').replace('"file_name"', '"file"')
     (source / "metadata.jsonl").write_text(lines)
-    with pytest.raises(UserError, match="first 100 samples .*fields are file, words, text_short: .*--long-field"):
+    with pytest.raises(UserError, match="no caption: 120.* fields are file, words, text_short: name one with --long"):
         prep.prepare(source, tmp_path / "two", image_field="file")
     assert prep.prepare(source, tmp_path / "two", image_field="file", long_field="words", eval_share=0)["count"] == 120
 
@@ -620,20 +752,25 @@ def test_a_repository_is_downloaded_part_by_part_and_a_killed_download_goes_on(s
     assert index["count"] == 100 and index["source"]["repositories"] == {"good/set": Hub.commit}
     assert [s["count"] for s in index["shards"]] == [40, 40, 20] and not (out / ".prepare").exists()
     assert Hub.log == [*names[:4], *names[3:]]
-    assert printed.splitlines()[-1].startswith("python train_prx.py --track micro --data")
+    assert "train_prx.py --track micro --data" in printed.splitlines()[-1]
 
 
 def test_a_folder_of_images_on_the_hub_and_a_missing_repository(samples, tmp_path, hub):
     source = as_folder(tmp_path / "in", samples[:12])
     Hub.files = {f"train/{p.name}": p.read_bytes() for p in sorted(source.iterdir()) if p.name != samples[3][0]}
+    for kind in KINDS_OF_LIST:
+        for path in as_images(tmp_path / kind, samples[20:26], kind).iterdir():
+            Hub.files[f"other/{kind}/a/{path.name}"] = path.read_bytes()
     Hub.stall = ""
     process = from_hub(hub, 1, ("hf://gone/set", "--out", tmp_path / "gone"),
-                       ("hf://good/set", "--out", tmp_path / "out", "--eval-share", "0"))
+                       *((f"hf://good/set/other/{kind}", "--out", tmp_path / f"out-{kind}") for kind in KINDS_OF_LIST),
+                       ("hf://good/set/train", "--out", tmp_path / "out", "--eval-share", "0"))
     printed, error = process.communicate()
     assert process.returncode == 0, error
-    assert "skipped 1: missing file ('00003.png')" in printed and "kept 11 of 12" in printed
+    assert "skipped 1: missing file ('train/00003.png')" in printed and "kept 11 of 12" in printed
     assert error.count("\n") == 1 and "hf://gone/set cannot be read (404" in error and "hf auth login" in error
     assert not (tmp_path / "gone").exists() and not (tmp_path / "out" / ".prepare").exists()
+    assert printed.count("kept 6 of 6") == 3
 
 
 def test_what_is_no_repository_or_has_nothing_to_read_is_said_in_one_sentence(tmp_path, monkeypatch):
@@ -643,6 +780,6 @@ def test_what_is_no_repository_or_has_nothing_to_read_is_said_in_one_sentence(tm
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: type("Info", (), {"sha": "0" * 40}))
     tree = [huggingface_hub.RepoFile(path=p, size=1, oid="0") for p in ("a.zip", "b/c.csv")]
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_tree", lambda *a, **k: iter(tree))
-    with pytest.raises(UserError, match=r"no .tar, no .parquet and no metadata.jsonl among its 2 files .*csv, zip"):
+    with pytest.raises(UserError, match=r"nothing to read among its 2 file\(s\) .*csv, zip"):
         prep.prepare("hf://owner/name", tmp_path / "out")
     assert not (tmp_path / "out").exists()
