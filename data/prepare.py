@@ -9,7 +9,8 @@
 
 SOURCE, one or several, is
     an image folder   with metadata.jsonl (the Hugging Face ImageFolder convention), one JSON object per line:
-                      {"file_name": "cats/1.jpg", "text": "a long caption", "text_short": "a cat"}; text_short may lack
+                      {"file_name": "cats/1.jpg", "text": "a long caption", "text_short": "a cat"}; text_short may lack;
+                      an ATTRIBUTION.txt beside it goes into the index and on into a model card
     WebDataset tars   members KEY.jpg|jpeg|png|webp with KEY.txt (the long caption) or KEY.json; read member by member,
                       never unpacked to disk
     Parquet files     a column of encoded images, bytes or the {bytes, path} of `datasets`, and one or two of captions
@@ -729,6 +730,9 @@ def finish(out: Path, job: dict, s: Settings, given: list[str], parts: list[Part
              "latent": job["latent"], "text": job["text"], "eval_share": s.eval_share, "shards": shards,
              "source": {**job["source"], "read": read}, "skipped": counts, "settings": job["settings"],
              "job": name_of(job)}
+    notices = [Path(source) / "ATTRIBUTION.txt" for source in given]
+    if notices := [notice.read_text() for notice in notices if notice.is_file()]:
+        index["attribution"] = "\n".join(notices)  # for the model card
     report = {"read": read, "kept": kept, "train": count["train"], "eval": count["eval"],
               "resolutions": {str(size): sum(x["count"] - len(x["skip"]) for x in shards if x["resolution"] == size)
                               for size in s.size}, "skipped": skipped}
