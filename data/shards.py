@@ -30,7 +30,6 @@ from safetensors.torch import save_file
 
 FORMAT = 2
 NETWORKS = Path(__file__).resolve().parent / "networks"
-TRAVELLING = ("text", "teacher")           # networks that are copied into every folder
 NETWORK_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no other decoder of Pillow ever sees the bytes
@@ -98,21 +97,21 @@ def write_shard(path: Path, tensors: dict, split: str, resolution: int, height: 
             "height": height, "width": width, "skip": list(skip), "sha256": file_sha256(path)}
 
 
-def copy_networks(folder: Path) -> dict[str, str]:
-    """Copy text/ and teacher/ into a folder; returns the index's `networks`: the sha256 of their weights."""
-    for name in TRAVELLING:
+def copy_networks(folder: Path, text: Path = NETWORKS / "text") -> dict[str, str]:
+    """Copy text/, from the folder `text`, and teacher/ into a folder; returns the index's `networks`."""
+    for name, source in (("text", text), ("teacher", NETWORKS / "teacher")):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for file in NETWORK_FILES:
-            source = NETWORKS / name / file
-            if source.exists():
-                content = source.read_bytes()
+            if (source / file).exists():
+                content = (source / file).read_bytes()
                 write_atomically(folder / name / file, lambda p: p.write_bytes(content))
-    return network_hashes()
+    return network_hashes(text)
 
 
-def network_hashes() -> dict[str, str]:
-    """{"text": sha256 of its weights, "teacher": ...} of the networks of this repository."""
-    return {name: file_sha256(NETWORKS / name / "model.safetensors") for name in TRAVELLING}
+def network_hashes(text: Path = NETWORKS / "text") -> dict[str, str]:
+    """{"text": sha256 of its weights, "teacher": ...} of the networks that travel with the shards."""
+    folders = {"text": text, "teacher": NETWORKS / "teacher"}
+    return {name: file_sha256(folder / "model.safetensors") for name, folder in folders.items()}
 
 
 def write_index(folder: Path, index: dict):
