@@ -176,7 +176,6 @@ LATENTS = dict(patch=2, bottleneck=0, predict="v", shift=1.0)
 SPACES = {"none": dict(patch=32, bottleneck=256, predict="x", shift=3.0),
           "dc-ae": LATENTS | dict(patch=1), "flux2": LATENTS | dict(patch=1)}
 
-# What stages and tracks have in common
 AT_512 = dict(resolution=512, shift=2.0, captions="mix:0.2", repa=0.0)
 SCENES = dict(vae="none", predict="x", text="tiny", repa_teacher="tiny", pdino_teacher="tiny")
 TRACKS = {
@@ -259,13 +258,21 @@ def parse_args(argv: list[str]) -> tuple[Config, list[Stage]]:
 
 
 def data_folders(data: str) -> list[tuple[str, float]]:
-    """A:0.7,B:0.3 -> [("A", 0.7), ("B", 0.3)]; without a weight it is 1. A folder that exists is one folder."""
-    if Path(data).exists():
-        return [(data, 1.0)]
-    parts = [re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", part) for part in data.split(",")]
-    if not all(parts) or any(p[2] and float(p[2]) == 0 for p in parts):
+    """A:0.7,B:0.3 -> [("A", 0.7), ("B", 0.3)]; without a weight it is 1. A folder that exists is taken by its name, a
+    colon or commas in it included."""
+    def entry(text):
+        match = re.fullmatch(r"(.+):(\d*\.?\d+)", text)
+        return (match[1], float(match[2])) if match and not Path(text).exists() else (text, 1.0)
+
+    folders, pieces = [], data.split(",")
+    while pieces:
+        entries = [entry(",".join(pieces[:n + 1])) for n in range(len(pieces))]
+        longest = max((n for n, (folder, _) in enumerate(entries) if Path(folder).exists()), default=0)
+        folders.append(entries[longest])
+        pieces = pieces[longest + 1:]
+    if not all(folder and weight for folder, weight in folders):
         raise UserError(f"--data {data} is no list of folders with positive weights such as A or A:0.7,B:0.3")
-    return [(p[1], float(p[2] or 1)) for p in parts]
+    return folders
 
 
 def routed_blocks(c: Config) -> tuple[int, int]:
@@ -931,7 +938,8 @@ class VAE:
                 sub, config = None, diffusers.AutoencoderKL.load_config(source)
             kind = getattr(diffusers, config["_class_name"])
             self.model = kind.from_pretrained(source, subfolder=sub, use_safetensors=True)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            self.posterior(torch.zeros(1, 3, 64, 64))
+        except Exception as error:  # another kind of network fails in any way
             raise unavailable(f"--vae {name}", error) from None
         c, digest = self.model.config, hashlib.sha256()
         for key, tensor in sorted(self.model.state_dict().items()):
@@ -951,12 +959,14 @@ class VAE:
             vae=Path(name).name, type=kind.__name__, channels=self.channels, factor=self.factor, scale=scale,
             shift=shift, sha256=digest.hexdigest())
 
+    def posterior(self, x):
+        """Its mode, or the latent itself where there is no distribution."""
+        coded = self.model.encode(x)
+        return coded.latent if hasattr(coded, "latent") else coded.latent_dist.mode()
+
     @torch.no_grad()
     def encode(self, images):
-        out = []
-        for x in images.split(16):
-            coded = self.model.encode(to_float(x.to(self.device)).to(self.dtype))
-            out.append(coded.latent if hasattr(coded, "latent") else coded.latent_dist.mode())
+        out = [self.posterior(to_float(x.to(self.device)).to(self.dtype)) for x in images.split(16)]
         return (F.pixel_unshuffle(torch.cat(out).float(), self.pack) - self.shift) * self.scale
 
     @torch.no_grad()
@@ -966,24 +976,27 @@ class VAE:
 
 
 class TextEncoder:
-    """A Hugging Face encoder, or that of a T5 or T5Gemma: last hidden states (B, max_tokens, width) FP32 and their mask
-    (B, max_tokens) bool. data/prepare.py has cleaned captions as diffusers' PRXPipeline cleans its prompts."""
+    """A Hugging Face encoder (of T5, T5Gemma, CLIP, too) or language model: last hidden states (B, max_tokens, width)
+    FP32 and their mask (B, max_tokens) bool. data/prepare.py has cleaned captions as PRXPipeline cleans its prompts."""
 
     def __init__(self, name: str, device="cpu", max_tokens: int = 256):
         transformers = quiet_import("transformers")
         source = TEXTS.get(name, name)
-        encoders = {"t5gemma": "T5GemmaEncoderModel", "t5": "T5EncoderModel"}
+        encoders = {"t5gemma": "T5GemmaEncoderModel", "t5": "T5EncoderModel", "clip": "CLIPTextModel"}
+        self.device, self.max_tokens, self.lock = device, max_tokens, threading.Lock()
         try:
             config = transformers.AutoConfig.from_pretrained(source)
-            config.is_encoder_decoder = False
             kind = getattr(transformers, encoders.get(config.model_type, "AutoModel"))
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            if config.model_type == "clip":
+                config = config.text_config
+            config.is_encoder_decoder = False
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="right")
+            self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
             self.model = kind.from_pretrained(source, config=config, use_safetensors=True, dtype=frozen_dtype(device))
-        except (OSError, ValueError) as error:
+            self.model.to(device).requires_grad_(False)
+            self.width = self.encode([""])[0].shape[-1]
+        except Exception as error:  # another kind of network fails in any way
             raise unavailable(f"--text {name}", error) from None
-        self.model.to(device).requires_grad_(False)
-        self.device, self.max_tokens, self.lock = device, max_tokens, threading.Lock()
-        self.width = self.encode([""])[0].shape[-1]
         self.about = dict(text=Path(name).name, width=self.width, max_tokens=max_tokens)
 
     def tokenize(self, prompts: list[str]):
@@ -991,7 +1004,9 @@ class TextEncoder:
         with self.lock:  # a fast tokenizer's padding is shared state
             out = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=self.max_tokens,
                                  return_tensors="pt")
-        return out["input_ids"], out["attention_mask"].bool()
+        mask = out["attention_mask"].bool()
+        mask[:, 0] = True  # where a tokenizer makes nothing of the empty prompt, one padding token stands for it
+        return out["input_ids"], mask
 
     @torch.no_grad()
     def states(self, tokens, mask):
@@ -1851,7 +1866,7 @@ def stage_at(progress: float, stages: list[Stage]) -> int:
 
 LARGE = 1e8  # parameters: a step of more takes minutes on a CPU
 COMMAND = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-FREE = "name resume stop_after samples checkpoint_minutes compile dry_run init".split()  # may change in a run
+FREE = "name resume stop_after samples checkpoint_minutes compile dry_run init data sft_data".split()  # may change
 
 
 def attempt(problems: list[str], make, *args):
@@ -1888,13 +1903,14 @@ def check_settings(run: Path, now: dict):
     """Refuse to go on with a run under other settings."""
     try:
         then = json.loads((run / "config.json").read_text())
-        then, now = (x["config"] | dict(stages=x["stages"]) for x in (then, now))
+        then, now = (x["config"] | dict(stages=[s | dict(knobs=s["knobs"] | dict(data="")) for s in x["stages"]])
+                     for x in (then, now))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run}/config.json cannot be read ({error}); choose another --name") from None
     differ = [f"{flag(k)} was {then.get(k)}, now {v}" for k, v in now.items() if k not in FREE and then.get(k) != v]
     if differ:
-        raise UserError(f"{run} was started with other settings ({'; '.join(differ)}); repeat them, choose another "
-                        "--name, or give --resume never to start again")
+        raise UserError(f"{run} was started with other settings ({'; '.join(differ)}); repeat them, or choose another "
+                        "--name")
 
 
 def open_everything(configs: list[Config], aligned: bool, world: World) -> tuple[list[Shards], Frozen]:
@@ -1991,10 +2007,10 @@ class Run:
 
         aligned = any(self.aligned(c) for c in self.configs[self.state["stage"]:])
         self.datasets, self.frozen = open_everything(self.configs, aligned, world)
-        hashes = [index["sha256"] for data in self.datasets for index in data.indices]
-        if self.state.setdefault("data", hashes) != hashes:
-            problems.append(f"{self.checkpoint} was trained on data with sha256 {self.state['data']}, now {hashes}; "
-                            "give the same --data, or choose another --name")
+        mix = [[i["sha256"], weight] for data in self.datasets for i, weight in zip(data.indices, data.weights)]
+        if self.state.setdefault("data", mix) != mix:
+            problems.append(f"{self.checkpoint} was trained on other data (sha256 and weight {self.state['data']}, now "
+                            f"{mix}); give the same --data, or choose another --name")
         elif world.rank == 0 and not config.dry_run:
             text = self.datasets[0].indices[0]["folder"] / "text"
             self.lock = attempt(problems, begin_folder, folder, config, stages, not self.checkpoint, text)
@@ -2211,8 +2227,8 @@ def heartbeat(r: Run, heart: Heartbeat, elapsed: float, batch: Batch, stall: flo
                data_stall_s=stall, skipped_steps=optimizer.skipped.item(), no_checkpoint_since=r.checkpoints.none_since)
     if optimizer.in_a_row.item() >= 10:
         r.checkpoints.save(optimizer, state, elapsed)
-        raise TrainingFailed(f"10 steps in a row had a non-finite gradient; step {state['step']} is kept; lower "
-                             "--lr or --lr-adamw, or look at the data")
+        raise TrainingFailed(f"the norm of the gradient was not finite 10 steps in a row; step {state['step']} is "
+                             "kept; lower --lr or --lr-adamw, or look at the data")
 
 
 def save_samples(r: Run, name: str):
@@ -2267,7 +2283,7 @@ def train(world: World, config: Config, stages: list[Stage]) -> int:
     if config.resume != "never" and not config.dry_run and is_finished(folder):
         check_settings(folder, settings(config, stages))
         if world.rank == 0:
-            print(f"{folder} holds a finished run; choose another --name, or give --resume never to start again")
+            print(f"{folder} holds a finished run; choose another --name, or give --resume never, which moves it aside")
         return 0
     r = Run(world, config, stages)
     get_ready(r)

@@ -7,9 +7,6 @@ from test_prepare import encode, folder, picture, run
 
 import train_prx as T
 
-# These wait for a change of TextEncoder and VAE in train_prx.py: remove this line with it.
-pytestmark = pytest.mark.skip(reason="waits for TextEncoder and VAE")
-
 
 def words(path, **tokens):
     """A tokenizer of whole words that adds no tokens of its own: it makes nothing of the empty prompt."""
