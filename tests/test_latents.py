@@ -160,7 +160,8 @@ NASTY = ["", " ", "a red ring", "A RED Ring!", "<person> & a dog", "see https://
          "\ufeffbom", "𝓯𝓪𝓷𝓬𝔂", "🏳️‍🌈", "C++ & C#"]
 
 
-def test_token_ids_are_those_of_the_pipeline_on_nasty_strings(t5gemma):
+def test_token_ids_are_those_of_the_pipeline_on_nasty_strings(t5gemma, monkeypatch):
+    monkeypatch.setattr(prepare, "LOST_LETTERS", 1)  # however much the cleaning removes
     text = T.TextEncoder(str(t5gemma), max_tokens=48)
     text.tokenizer.model_max_length = 48
     theirs = pipeline(None, text.model, text.tokenizer)

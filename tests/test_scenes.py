@@ -281,7 +281,7 @@ def test_the_protocol_hash_changes_when_anything_does_and_not_with_the_files(tmp
     for i, (target, name, value) in enumerate([
             (S, "render", one_pixel), (S, "captions", other_words), (S, "captions", swapped),
             (S, "captions", other_borders), (S, "draw_scenes", other_eval), (S, "VERSION", 99),
-            (shards, "network_hashes", lambda: networks() | {"text": "0"})]):
+            (shards, "network_hashes", lambda *_: networks() | {"text": "0"})]):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, value)
             seen.add(hashed(f"f{i}"))
