@@ -26,7 +26,7 @@ def result(tmp_path_factory):
     return json.loads(out.read_text())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # its group has other modules' tests between these
 def ranks(tmp_path_factory):
     """All parts of --ranks, on two."""
     out = tmp_path_factory.mktemp("ranks") / "check.json"
