@@ -8,9 +8,6 @@ from conftest import run, same, weights
 import train_prx as T
 from data import shards
 
-# These wait for a change of data_folders, check_settings and Run in train_prx.py: remove this line with it.
-pytestmark = pytest.mark.skip(reason="waits for check_settings and data_folders")
-
 
 def test_the_same_folder_however_it_is_written_is_no_other_setting(in_tmp, scene_folder):
     shutil.copytree(scene_folder, "a,b:2")

@@ -132,9 +132,10 @@ def test_an_edited_model_prediction_and_sampler_are_judged_by_the_unchanged_eval
     assert done.returncode == 0, done.stderr
     judge = [ROOT / "eval_prx.py", "logs/r", "--n", 8, "--steps", 2, "--inception", "none", "--clip", "none",
              "--dino", "none"]
-    refused = shell(*judge)
+    fresh = ENVIRONMENT | {"XDG_CACHE_HOME": str(shards / "cache")}  # nothing is trusted yet
+    refused = shell(*judge, env=fresh)
     assert refused.returncode == 2 and "differs from this checkout's train_prx.py" in refused.stderr
-    done = shell(*judge, "--trust")
+    done = shell(*judge, "--trust", env=fresh)
     assert done.returncode == 0, done.stderr
     assert 0 <= json.loads(Path("logs/r/metrics.json").read_text())["metrics"]["eval"]["accuracy"] <= 1
 
