@@ -10,6 +10,7 @@ followed, since whoever made the folder made them.
 
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import fnmatch
 import functools
@@ -349,9 +350,9 @@ def csv_rows(path: Path):
         header = next(reader, [])
         while True:
             try:
-                row = dict(zip(header, next(reader)))
-                "".join(row.values()).encode()
-                yield row or None
+                cells = next(reader)
+                "".join(cells).encode()
+                yield to_row(header, cells) or None
             except StopIteration:
                 return
             except csv.Error:  # an endless field
@@ -366,9 +367,20 @@ def parquet_rows(path: Path):
     try:
         with pq.ParquetFile(path) as table:
             for batch in table.iter_batches(PARQUET_ROWS):
-                yield from batch.to_pylist()
+                for cells in zip(*(column.to_pylist() for column in batch.columns)):
+                    yield to_row(batch.schema.names, cells)
     except (pa.ArrowException, OSError, ValueError):
         yield Reject(BROKEN_PARQUET)
+
+
+def to_row(names, cells) -> dict:
+    """{column: value}: of columns with the same name the first content, bytes as text if they are."""
+    row = {}
+    for name, cell in zip(names, cells):
+        with contextlib.suppress(AttributeError, UnicodeDecodeError):
+            cell = cell.decode()
+        row[name] = row.get(name) or cell
+    return row
 
 
 def read_lines(part: Part, file: File, fields: Fields):

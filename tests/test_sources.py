@@ -203,15 +203,21 @@ TABLES = {
                    {"file_name": "b/2.png", "text": "three\nfour", "text_short": "t"}),
     "csv": 'file_name,text,text_short\n1.png,"one, two",\nb/2.png,"three\nfour",t\n',
     "csv of a spreadsheet": '\ufefffile_name;text;text_short\r\n1.png;one, two;\r\nb/2.png;"three\nfour";t\r\n',
+    "csv with a doubled column": "file_name,text,text,text_short\n1.png,\"one, two\",,\nb/2.png,,\"three\nfour\",t\n",
     "csv with tabs": "text_short\tfile_name\ttext\n\t1.png\tone, two\nt\tb/2.png\t\"three\nfour\"\n\n"}
 
 
-@pytest.mark.parametrize("kind", [*TABLES, "parquet"])
+@pytest.mark.parametrize("kind", [*TABLES, "parquet", "parquet of other types"])
 def test_metadata_may_be_jsonl_csv_or_parquet(in_tmp, kind):
     write({"a/1.png": IMAGES[1], "a/b/2.png": IMAGES[2]})
     if kind == "parquet":
         rows = {"file_name": ["1.png", "b/2.png"], "text": ["one, two", "three\nfour"], "text_short": [None, "t"]}
         pq.write_table(pa.table(rows), "a/metadata.parquet")
+    elif kind == "parquet of other types":
+        columns = [pa.array(["1.png", "b/2.png"], pa.string_view()), pa.array([b"one, two", None]),
+                   pa.array([None, "three\nfour"]).dictionary_encode(), pa.array([b"", b"t"], pa.binary_view())]
+        table = pa.Table.from_arrays(columns, names=["file_name", "text", "text", "text_short"])
+        pq.write_table(table, "a/metadata.parquet")
     else:
         write({f"a/metadata.{kind.split()[0]}": TABLES[kind]})
     assert read("a") == {"1.png": (IMAGES[1], "one, two", ""), "b/2.png": (IMAGES[2], "three\nfour", "t")}
