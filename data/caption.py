@@ -144,8 +144,9 @@ def caption_folder(folder, name: str, device="cpu", batch_size: int = 8) -> tupl
     metadata = folder / "metadata.jsonl"
     beside = [f"{name.rpartition('.')[0]}.txt" for name in names] + ["metadata.csv", "metadata.parquet"]
     if not metadata.exists() and (hidden := [name for name in beside if name in found]):
-        raise UserError(f"{folder} holds captions in {hidden[0]}, which a metadata.jsonl would hide; data/prepare.py "
-                        f"{folder} --caption {name} writes captions for the images that have none")
+        line = command("data/prepare.py", folder, "--out", "shards", "--size", 256, "--caption", name)
+        raise UserError(f"{folder} holds captions in {hidden[0]}, which a metadata.jsonl would hide; for the images that "
+                        f"have none: {line}")
     entries, end = read_metadata(metadata)
     todo = [n for n in names if not str(entries.get(n, {}).get("text") or "").strip()]
     done = 0
