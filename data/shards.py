@@ -32,7 +32,7 @@ FORMAT = 2
 NETWORKS = Path(__file__).resolve().parent / "networks"
 NETWORK_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
-PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no other decoder of Pillow ever sees the bytes
+PICTURES = ("JPEG", "PNG", "WEBP", "BMP")  # no other decoder of Pillow ever sees the bytes
 MAX_PIXELS = 100 * 10**6                   # of a picture, by its header
 MAX_SIDE = 30_000                          # pixels
 PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes: Pillow's 1 MB loses sound pictures with long texts or profiles
@@ -307,7 +307,7 @@ def read_picture(source, reduce_to: int | None = None) -> Image.Image:
             except (UserError, Image.DecompressionBombError):
                 raise UserError(f"{name}too many pixels") from None
             except Image.UnidentifiedImageError:
-                reason = "not a JPEG, PNG, WebP, GIF or BMP image"
+                reason = "not a JPEG, PNG, WebP or BMP image"
             except Exception:  # hostile bytes raise OSError, SyntaxError, struct.error, ... out of the decoders
                 reason = "broken image"
     raise UserError(f"{name}{reason}")

@@ -660,7 +660,7 @@ def test_broken_parquet_files_and_rows_are_counted_and_named(samples, tmp_path):
     assert report["broken Parquet file (what follows the damage is lost)"]["first"] == ["00030.parquet",
                                                                                        "00060.parquet"]
     assert report["no image in this row"]["first"] == ["00090.parquet:1"]
-    assert report["not a JPEG, PNG, WebP, GIF or BMP image"]["first"] == ["00090.parquet:2"]
+    assert report["not a JPEG, PNG, WebP or BMP image"]["first"] == ["00090.parquet:2"]
     assert report["caption not in UTF-8"]["first"] == ["00090.parquet:3"]
     assert index["count"] == 31
 
