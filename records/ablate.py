@@ -23,6 +23,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from data.shards import command  # noqa: E402
+
 SCRIPT = ROOT / "train_prx.py"
 OUT = ROOT / "records/ablations"
 
@@ -70,7 +73,7 @@ def flags_of(track: str, row: str) -> list[str]:
     return f"{RECIPES[track]['tuned-baseline']} {ROWS[row]}".split()
 
 
-def command(track: str, row: str, seed: int, steps: int, extra: list[str]) -> list[str]:
+def arguments(track: str, row: str, seed: int, steps: int, extra: list[str]) -> list[str]:
     """What runs a row, but for the interpreter and the script."""
     name = f"ablate-{track}-{''.join(c if c.isalnum() else '-' for c in row)}-seed{seed}-{steps}"
     return ["--track", track, *flags_of(track, row), "--name", name, "--seed", str(seed), "--steps", str(steps),
@@ -82,7 +85,7 @@ def batch_of(track: str, row: str, extra: list[str]) -> int:
     sys.path.insert(0, str(ROOT))
     from train_prx import parse_args
 
-    config, stages = parse_args(command(track, row, 0, 1, extra))
+    config, stages = parse_args(arguments(track, row, 0, 1, extra))
     return stages[0].config(config).batch
 
 
@@ -98,7 +101,7 @@ def heartbeats(run: Path) -> list[dict]:
 
 def run_one(track: str, row: str, seed: int, steps: int, kind: str, extra: list[str]) -> dict:
     """Train and judge one run, where it is not there yet; what the log keeps of it."""
-    flags = command(track, row, seed, steps, extra)
+    flags = arguments(track, row, seed, steps, extra)
     run = Path("logs") / flags[flags.index("--name") + 1]
     quiet = dict(check=True, stdout=subprocess.DEVNULL)
     if not (run / "transformer/config.json").exists():
@@ -204,7 +207,7 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     track, steps, extra = args.track, args.steps or STEPS[args.track], args.flags.split()
     if args.show:
-        print("python train_prx.py " + " ".join(command(track, args.show, 0, steps, extra)))
+        print(command("train_prx.py", *arguments(track, args.show, 0, steps, extra)))
         return
     OUT.mkdir(exist_ok=True)
     base_batch = batch_of(track, "baseline", extra)

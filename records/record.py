@@ -34,13 +34,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import scenes  # noqa: E402
-from data.shards import UserError, write_json  # noqa: E402
+from data.shards import UserError, command, write_json  # noqa: E402
 
 SEEDS = 5  # at least, numbered from 0
 TARGET, LEVEL = 0.95, 0.01  # micro: prompt accuracy, and p of both tests
 FASTER = 0.98  # a new record's mean time over its baseline's, at most
 FILES = ("log.txt", "metrics.jsonl", "metrics.json", "scores.json", "run.json", "samples.png")  # of each run
-PYTHON = sys.executable.removeprefix(f"{os.getcwd()}/")  # for commands to copy
 TOP = ("record.json", "README.md", "train_prx.py", "rerun.json")
 LARGEST = 300 << 10  # bytes of a file
 LOCAL = ("data", "eval_prx", "records", "tests", "train_prx")  # modules that a record's script must not import
@@ -69,8 +68,11 @@ def new(args) -> int:
         raise UserError(f"{folder} exists; choose another name")
     folder.mkdir(parents=True)
     shutil.copy(source, folder / "train_prx.py")
-    print(f"edit {folder}/train_prx.py; try it: {PYTHON} {folder}/train_prx.py --track {args.track}\nrace it: {PYTHON} "
-          f"records/record.py race {source} {folder}/train_prx.py --track {args.track} --out work/{args.name}-race")
+    script = folder / "train_prx.py"
+    sides = [shlex.quote(str(side)) for side in (source, script)]  # each a command line of its own
+    against = "--track", args.track, "--out", f"work/{args.name}-race"
+    print(f"edit {script}; try it:\n{command(script.resolve(), '--track', args.track)}\nrace it:\n"
+          f"{command('records/record.py', 'race', *sides, *against)}")
     return 0
 
 
@@ -78,10 +80,10 @@ def race(args) -> int:
     """A and B in turns, seed by seed."""
     data, out = (args.data or Path("shards") / args.track).resolve(), args.out.resolve()
     if not (data / "index.json").exists():
-        raise UserError(f"{data} holds no shards; write them with `{PYTHON} data/scenes.py --track {args.track}`")
+        raise UserError(f"{data} holds no shards; write them with `{command('data/scenes.py', '--track', args.track)}`")
     sides = {}
-    for side, command in (("a", args.a), ("b", args.b)):
-        script, *flags = shlex.split(command)
+    for side, line in (("a", args.a), ("b", args.b)):
+        script, *flags = shlex.split(line)
         if not Path(script).is_file():
             raise UserError(f"{script} is no script; give a file, or a file and its flags in quotes")
         folder = out / side
@@ -109,12 +111,12 @@ def run_one(folder: Path, flags: list[str], track: str, data: Path, seed: int):
     hidden = "_proxy", "_token", "_key", "_secret"
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith(hidden)} | dict(HF_HUB_OFFLINE="1")
     run = folder / "logs" / f"seed{seed}"
-    command = [sys.executable, "train_prx.py", "--track", track, "--data", str(data), "--seed", str(seed), "--name",
+    training = [sys.executable, "train_prx.py", "--track", track, "--data", str(data), "--seed", str(seed), "--name",
                run.name, *flags]
     if not finished(run):
         print(f"seed {seed}: progress in {folder / f'seed{seed}.txt'}", flush=True)
         with open(folder / f"seed{seed}.txt", "w") as log:
-            subprocess.run(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=env)
+            subprocess.run(training, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=env)
     if finished(run) and not (run / "metrics.json").exists():
         judge = [sys.executable, ROOT / "eval_prx.py", run, "--trust"]
         with open(folder / f"seed{seed}.txt", "a") as log:
@@ -199,7 +201,7 @@ def pack(args) -> int:
     (folder / "README.md").write_text(
         f"# {args.name}\n\nBy {', '.join(args.author)}. `diff baseline/train_prx.py train_prx.py`: {diff or 'nothing'}."
         "\n\n## What changed, and why\n\n## What was expected, what was measured\n")
-    print(f"wrote {folder}: fill in its README.md, then {PYTHON} records/record.py verify {folder}")
+    print(f"wrote {folder}: fill in its README.md, then\n{command('records/record.py', 'verify', folder)}")
     return 0
 
 
@@ -425,8 +427,8 @@ def main(argv: list[str] | None = None) -> int:
     proof = commands.add_parser("verify", help="recompute everything that a record claims")
     proof.add_argument("folders", nargs="+", type=Path)
     proof.add_argument("--rerun", type=int, metavar="SEED", help="repeat this seed: executes the record's script")
-    for command in (run, proof):
-        command.add_argument("--data", type=Path, help="[shards/TRACK]")
+    for part in (run, proof):
+        part.add_argument("--data", type=Path, help="[shards/TRACK]")
     commands.add_parser("table", help="write the leaderboard and history.png")
     args = parser.parse_args(argv)
     try:

@@ -113,6 +113,18 @@ def test_the_same_packages_give_the_same_bytes(pictures, tmp_path, monkeypatch):
         assert (tmp_path / line["file_name"]).read_bytes() == (pictures / line["file_name"]).read_bytes()
 
 
+@needs_packages
+def test_emoji_are_prepared_by_the_command_that_is_shown(in_tmp, monkeypatch, capsys):
+    named = openmoji.named
+    monkeypatch.setattr(openmoji, "named", lambda text: named(text)[::60])
+    monkeypatch.setattr(sys, "argv", ["openmoji.py"])
+    openmoji.main()
+    done = subprocess.run(capsys.readouterr().out.splitlines()[-1], shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    index = shards.read_index("shards/openmoji")
+    assert index["text"]["width"] == 384 and {s["split"] for s in index["shards"]} == {"train", "eval"}
+
+
 # ---- --text minilm ---------------------------------------------------------------------------------------------------
 
 

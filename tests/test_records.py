@@ -87,10 +87,10 @@ def test_finished_experiments_name_the_tree_they_need():
 @pytest.mark.parametrize("track", list(ablate.STEPS))
 def test_every_row_of_the_ablations_is_flags_that_the_script_takes(track):
     for row in [*ablate.ROWS, *ablate.ALONE]:
-        config, stages = T.parse_args(ablate.command(track, row, 3, 7, []))
+        config, stages = T.parse_args(ablate.arguments(track, row, 3, 7, []))
         assert (config.track, config.seed, config.steps, config.samples) == (track, 3, 7, 0)
         assert re.fullmatch(rf"ablate-{track}-[\w-]+-seed3-7", config.name)
-    of = lambda row: T.parse_args(ablate.command(track, row, 0, 1, []))[0]
+    of = lambda row: T.parse_args(ablate.arguments(track, row, 0, 1, []))[0]
     default, base, published = of("default recipe"), of("baseline"), of("published baseline")
     assert default == T.parse_args(["--track", track, "--name", default.name, "--steps", "1", "--samples", "0"])[0]
     assert (base.optimizer, base.lr, base.eps, base.decay_from, base.ema, base.repa) == ("adamw", 2e-3, 1e-15, 1, 0, 0)

@@ -444,8 +444,8 @@ def test_a_damaged_index_is_one_sentence(tmp_path, in_tmp, capsys, content, says
 
 
 def test_data_that_are_missing_are_said_with_the_command_that_writes_them(in_tmp, capsys):
-    for track, command in (("micro", "`python data/scenes.py --track micro --out shards/micro`"),
-                           ("mini", "`python data/scenes.py --track mini --out shards/mini`"),
+    for track, command in (("micro", f"`{T.command('data/scenes.py')} --track micro --out shards/micro`"),
+                           ("mini", f"`{T.command('data/scenes.py')} --track mini --out shards/mini`"),
                            ("24h", "data/prepare.py")):
         assert T.main(["--track", track]) == 2
         assert f"--data shards/{track} holds no index.json; write it with {command}" in capsys.readouterr().err
