@@ -88,15 +88,16 @@ def test_finished_experiments_name_the_tree_they_need():
 def test_every_row_of_the_ablations_is_flags_that_the_script_takes(track):
     for row in [*ablate.ROWS, *ablate.ALONE]:
         config, stages = T.parse_args(ablate.arguments(track, row, 3, 7, []))
-        assert (config.track, config.seed, config.steps, config.samples) == (track, 3, 7, 0)
+        assert (config.track, config.seed, config.steps, config.samples) == (track.replace("openmoji", "micro"), 3, 7, 0)
         assert re.fullmatch(rf"ablate-{track}-[\w-]+-seed3-7", config.name)
     of = lambda row: T.parse_args(ablate.arguments(track, row, 0, 1, []))[0]
     default, base, published = of("default recipe"), of("baseline"), of("published baseline")
-    assert default == T.parse_args(["--track", track, "--name", default.name, "--steps", "1", "--samples", "0"])[0]
+    on = ["--track", "micro", "--data", "shards/openmoji"] if track == "openmoji" else ["--track", track]
+    assert default == T.parse_args([*on, "--name", default.name, "--steps", "1", "--samples", "0"])[0]
     assert (base.optimizer, base.lr, base.eps, base.decay_from, base.ema, base.repa) == ("adamw", 2e-3, 1e-15, 1, 0, 0)
     assert published.lr == 1e-4 and base.clip == published.clip == 0.2
     assert of("Muon").optimizer == "muon" and of("Muon").clip == 0.2 and of("TREAD 50 %").tread == 0.5
-    assert ablate.batch_of(track, "baseline", []) == (64 if track == "micro" else 256)
+    assert ablate.batch_of(track, "baseline", []) == (256 if track == "mini" else 64)
 
 
 def test_the_ablation_table_is_made_from_its_log(tmp_path, monkeypatch):
@@ -113,6 +114,27 @@ def test_the_ablation_table_is_made_from_its_log(tmp_path, monkeypatch):
     assert lines[4].endswith("| 1.20 | 40.00 |")
     ablate.plots("micro")
     assert (tmp_path / "micro-bf16.png").exists() and (tmp_path / "micro-captions.png").exists()
+
+
+def test_ablations_on_emoji_are_judged_by_retrieval(tmp_path, monkeypatch):
+    rows = {"painted": dict(share=0.3), "  without": dict(share=0.1)}
+    calls = []
+
+    def run(args, **kw):
+        calls.append(args)
+        (tmp_path / "retrieval.json").write_text(json.dumps(dict(protocol=dict(seed=0), rows=rows)))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for captions, asked in (("short", "short"), ("mix:0.2", "long"), ("long", "long")):
+        (tmp_path / "retrieval.json").unlink(missing_ok=True)
+        assert ablate.judge_emoji(tmp_path, dict(captions=captions), {})[0] == dict(retrieval=0.3, alone=0.1)
+        assert calls.pop()[1:] == [str(ROOT / "records/retrieval.py"), str(tmp_path), "--captions", asked]
+    monkeypatch.setattr(ablate, "OUT", tmp_path)
+    keys, rest = "row seed kind retrieval alone images_per_s".split(), dict(loss=[1.0], loss_by_time=[0.1] * 10)
+    rows = ("baseline", 0, "steps", 0.2, 0.1, 100), ("Muon", 0, "steps", 0.3, 0.2, 80)
+    (tmp_path / "openmoji.jsonl").write_text("".join(json.dumps(dict(zip(keys, row)) | rest) + "\n" for row in rows))
+    assert "| Muon | 15.55 | 1 | 30.00 | 10.00 | 20.00 | 0.80 | - |" in ablate.table("openmoji")
+    ablate.plots("openmoji")
 
 
 def test_an_ablation_is_a_run_of_the_script_judged_by_the_evaluator(shards, monkeypatch):
