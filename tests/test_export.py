@@ -68,6 +68,18 @@ def test_the_model_cards_commands_paint_in_a_process_that_has_diffusers_only(tra
     assert abs(ours - theirs).max() <= 1
 
 
+def test_the_model_card_says_what_diffusers_cannot_do(pipeline):
+    import diffusers
+
+    painter = diffusers.PRXPixelPipeline.from_pretrained(pipeline)
+    size = dict(height=32, width=32, use_resolution_binning=False, num_inference_steps=2)
+    painter(PLAIN, **size)
+    for several in (dict(prompt=[PLAIN, PLAIN]), dict(prompt=PLAIN, num_images_per_prompt=2)):
+        with pytest.raises(RuntimeError, match="must match the size"):
+            painter(**several, **size)
+    assert "one prompt at a time, for one image each" in (pipeline / "README.md").read_text()
+
+
 def test_the_model_card_is_made_of_the_runs_own_files(trained, pipeline):
     card = (pipeline / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n") and "PRXPixelPipeline" in card
