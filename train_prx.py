@@ -37,7 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-# Read at once: the log holds the code that runs, whatever the file becomes meanwhile
+# Read at once: the log holds what runs, whatever the file becomes
 SOURCE = Path(__file__).read_text()
 # Before CUDA starts: shapes vary from stage to stage, and repeated runs are to agree
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -83,7 +83,7 @@ def command(script: str, *words) -> str:
     return line.replace(f"{os.getcwd()}/", "")
 
 
-# =====================================================================================================================
+# ========================================================================================
 # 2. Configuration: every knob, once, with its evidence. What nobody tunes is a constant beside its use.
 # Figures are FID in Photoroom's ablation study, PRX part 2 (FLUX VAE, 256 px, 100k steps), unless they say otherwise.
 
@@ -190,13 +190,12 @@ TRACKS = {
         Stage("256px", 0.65, dict(batch=1024, lr=2e-4, lr_adamw=2e-4)),
         Stage("512px", 0.3, AT_512 | dict(batch=512, accumulate=2, tread=0.5)),
         Stage("sft", 0.05, AT_512 | dict(batch=256, lr=5e-5, lr_adamw=5e-5))]),
-    # 256 tokens of 16 px. A guess from the micro track's search: not measured yet.
+    # A guess from the micro track's search: not measured
     "mini": (Config(
         **SCENES, track="mini", hours=4 / 60, patch=16, bottleneck=128, shift=3.0, hidden=512, depth=8, heads=8,
         text_tokens=64, repa_layer=3, tread_blocks="1-6", lr=2e-3, lr_adamw=2e-3, warmup=0.03,
         decay_from=0.3, ema=0.99, checkpoint_minutes=5), [Stage()]),
-    # From records/notes/search: shift (1.0: 97.8 % prompt accuracy at 38,400 images, 2.0: 94.3 %), decay, EMA, REPA,
-    # batch, rates, momentum, modulation. No long caption has more than 37 tokens.
+    # From records/notes/search. No long caption has more than 37 tokens
     "micro": (Config(
         **SCENES, track="micro", steps=1100, hours=0.0, resolution=32, batch=32, patch=8, hidden=128, depth=6, heads=4,
         text_tokens=40, repa=4.0, repa_layer=2, repa_until=0.6, tread_blocks="1-4", lr=7e-3, lr_adamw=2e-3,
@@ -333,7 +332,7 @@ def problems_in(c: Config) -> list[str]:
     return problems
 
 
-# =====================================================================================================================
+# ========================================================================================
 # 3. Ranks, clock and log: torchrun's variables or one plain process; rank 0 speaks, the clock never stops.
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of collectives. None waits for a disk
@@ -489,10 +488,7 @@ class Heartbeat:
 
     def __init__(self, log: Log, world: World, now: float):
         self.log, self.world, self.last = log, world, now
-        self.pending, self.shown = [], 0
-
-    def add(self, loss, by_time, norm, progress: float):
-        self.pending.append((loss, by_time, norm, progress))
+        self.pending, self.shown = [], 0  # (loss, loss by time, gradient norm, progress) of each step
 
     def beat(self, now: float, images: int, flops: float, **record):
         """images: per step, of all ranks. flops: of a training step per image. record: what else is written."""
@@ -542,7 +538,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cuda" or any(torch.cpu.get_capabilities().get(name) for name in known)
 
 
-# =====================================================================================================================
+# ========================================================================================
 # 4. The model: PRX. Names, shapes and numerics of the state dict are diffusers' PRXTransformer2DModel.
 
 class Linear(nn.Linear):
@@ -789,7 +785,7 @@ def flops_per_image(config: dict, tokens: int, text_tokens: int, kept: int = 0, 
     return 2 * ((config["depth"] - routed) * block(tokens) + routed * block(kept) + ends)
 
 
-# =====================================================================================================================
+# ========================================================================================
 # 5. Objectives: flow matching (arXiv 2210.02747, 2209.03003) with v- or x-prediction, contrastive, REPA, P-DINO.
 
 UNIFORM = 0.1  # share of times that are drawn uniformly, not logit-normal
@@ -894,7 +890,7 @@ def perceptual_loss(teacher, x, x_0):
     return 1 - F.cosine_similarity(teacher(x, *side), real, dim=-1).mean(1)
 
 
-# =====================================================================================================================
+# ========================================================================================
 # 6. Frozen networks: VAE, text encoder and teacher, from the Hugging Face hub or folders.
 
 VAES = {
@@ -999,7 +995,7 @@ class TextEncoder:
             self.model = kind.from_pretrained(source, config=config, use_safetensors=True, dtype=frozen_dtype(device))
             self.model.to(device).requires_grad_(False)
             self.width = self.encode([""])[0].shape[-1]
-        except Exception as error:  # another kind of network fails in any way
+        except Exception as error:  # likewise
             raise unavailable(f"--text {name}", error) from None
         self.about = dict(text=Path(name).name, width=self.width, max_tokens=max_tokens)
 
@@ -1083,7 +1079,7 @@ class Frozen:
         return text if text.is_floating_point() else self.text.states(text, mask)
 
 
-# =====================================================================================================================
+# ========================================================================================
 # 7. Optimizer: Muon for the blocks' matrices, AdamW for the rest, one class for 1 to N ranks.
 
 CLASSIC = [(3.4445, -4.7750, 2.0315)]  # Keller Jordan's quintic, the same at every step
@@ -1349,7 +1345,7 @@ class MuonAdamW:
         self.publish()
 
 
-# =====================================================================================================================
+# ========================================================================================
 # 8. Data: prepared shards (data/README.md has the format), in an order that depends on the seed alone.
 
 def read_index(folder: Path) -> dict:
@@ -1561,8 +1557,7 @@ class Loader:
     """Batches of a stage from its number `skip` on, with noise and routes, on the device. Draws are made for the global
     batch and then cut: they are the same for any number of ranks. `stall`: seconds that the trainer waited.
 
-    On CUDA threads make batches ahead, each copying its rows out of the files; two CPU cores do without (316 against
-    378 images/s)."""
+    On CUDA threads make batches ahead, each copying its rows out of the files; on two CPU cores they would cost."""
 
     THREADS = 4
 
@@ -1624,7 +1619,7 @@ class Loader:
         return batch
 
 
-# =====================================================================================================================
+# ========================================================================================
 # 9. Sampling, grids and painting, export, checkpoints.
 
 @torch.no_grad()
@@ -1738,7 +1733,7 @@ def load_transformer(source, device="cpu") -> PRX:
         # PRX has no resolution_embeds: where they are off nothing is missing, where they are on it refuses the name
         model = PRX(**{k: v for k, v in config.items() if not k.startswith("_") and v is not False})
         model.load_state_dict(tensors, strict=True)
-    except Exception as error:  # the hub alone has a dozen classes for no network, no such repository, no access
+    except Exception as error:  # the hub alone has a dozen classes
         raise unavailable(f"{source} as a PRX transformer in diffusers format", error) from None
     return model.to(device)
 
@@ -1756,7 +1751,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, world: World, log):
         self.folder, self.world, self.log, self.written = run / "checkpoint", world, log, None
-        self.none_since = None  # seconds on the clock of the first failure since the last success
+        self.none_since = None  # seconds on the clock: the first failure since a success
 
     def save(self, optimizer: MuonAdamW, state: dict, elapsed: float) -> bool:
         """Every rank must call. Returns whether the step is on disk."""
@@ -1831,7 +1826,7 @@ def load_checkpoint(folder: Path, state: dict, optimizer: MuonAdamW):
     optimizer.load(lambda key: where[key].get_tensor(key), state["counts"])
 
 
-# =====================================================================================================================
+# ========================================================================================
 # 10. Training.
 
 def training_step(nets: nn.ModuleDict, frozen: Frozen, batch: Batch, c: Config, align: bool):
@@ -1866,7 +1861,7 @@ def stage_at(progress: float, stages: list[Stage]) -> int:
     return min(int(np.searchsorted(ends, progress, "right")), len(stages) - 1)
 
 
-# ---- set-up, in the order in which data flows ------------------------------------------------------------------------
+# ---- set-up, in the order in which data flows ------------------------------------------
 
 LARGE = 1e8  # parameters: a step of more takes minutes on a CPU
 COMMAND = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -1962,10 +1957,8 @@ def begin_folder(folder: Path, config: Config, stages: list[Stage], fresh: bool,
     except OSError:
         print(f"warning: the file system cannot lock {folder}; do not start two runs in it", flush=True)
     if config.resume == "never" and (folder / "log.txt").exists():
-        number = 1
-        while (old := folder.with_name(f"{folder.name}.old{number}")).exists():
-            number += 1
-        folder.rename(old)
+        names = (folder.with_name(f"{folder.name}.old{n}") for n in range(1, 10 ** 6))
+        folder.rename(next(name for name in names if not name.exists()))
     if fresh:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -2065,11 +2058,8 @@ class Run:
 
     def checkpoint_bytes(self) -> int:
         """FP32 masters, moments and EMA, over all ranks."""
-        c, total = self.config, 0
-        for name, p in self.nets.named_parameters():
-            copies = (2 if is_muon(name, p, c) else 3) + (1 if c.ema else 0)
-            total += 4 * p.numel() * copies
-        return total
+        copies = lambda name, p: (2 if is_muon(name, p, self.config) else 3) + (1 if self.config.ema else 0)
+        return sum(4 * p.numel() * copies(name, p) for name, p in self.nets.named_parameters())
 
 
 def get_ready(r: Run):
@@ -2103,8 +2093,7 @@ def check_disk(r: Run):
     need = 3 * r.checkpoint_bytes() + 4 * r.parameters() * (r.config.samples + 1)
     free = shutil.disk_usage(r.folder).free + sum(p.stat().st_size for p in r.folder.glob("checkpoint/*/*"))
     r.world.refuse([] if free >= need else [
-        f"{r.folder.resolve()} has {free / 1e9:.1f} GB free and the run needs {need / 1e9:.1f}; free some, or make "
-        "logs/ a link to a larger disk"])
+        f"{r.folder.resolve()} has {free / 1e9:.1f} GB free and the run needs {need / 1e9:.1f}; make room"])
 
 
 def compile_blocks(r: Run):
@@ -2147,9 +2136,19 @@ def warm_up(r: Run) -> dict[int, tuple[float, int]]:
         if cuda:
             measured[stage] = slowest, torch.cuda.max_memory_allocated()
     r.world.refuse(problems)
+    if cuda:
+        kernels = attention_kernels(lambda: r.forward_backward(batch, c, align))
+        r.log(f"attention: {', '.join(kernels)}; allowed: {', '.join(b.name for b in BACKENDS)}", show=False)
     r.optimizer.step(0.0)
     r.optimizer.reset()
     return measured
+
+
+def attention_kernels(work) -> list[str]:
+    """What attention runs on, by the names in one profiled call."""
+    with torch.profiler.profile() as seen:
+        work()
+    return sorted({e.name for e in seen.events() if re.search("fmha|flash|sdpa|attention", e.name)})
 
 
 def describe_plan(r: Run, measured: dict) -> str:
@@ -2166,12 +2165,13 @@ def describe_plan(r: Run, measured: dict) -> str:
                      show(rate, ",.0f"), show(peak / 1e9, ".1f"), show(samples, ",.0f"),
                      show(samples / sum(data.counts), ".2f")])
     lines = ["".join(f"{cell:>12}" for cell in row) for row in rows]
-    lines.append(f"a checkpoint: {r.checkpoint_bytes() / 1e9:.3g} GB\nmeasured: images/s (without the optimizer) and "
-                 "peak GB; the rest is derived\nnothing is in the way; leave --dry-run away to train")
+    lines.append(f"a checkpoint: {r.checkpoint_bytes() / 1e9:.3g} GB\nmeasured: images/s (without the optimizer), peak "
+                 "GB\nderived: TFLOP/image (3 x flops_per_image), samples (time x share x images/s), epochs\n"
+                 "nothing is in the way; leave --dry-run away to train")
     return "\n".join(lines)
 
 
-# ---- the loop and what it writes -------------------------------------------------------------------------------------
+# ---- the loop and what it writes -------------------------------------------------------
 
 def loop(r: Run) -> tuple[float, float, float]:
     """Train until the length is reached, a signal comes or --stop-after. Returns progress, elapsed, stall."""
@@ -2202,7 +2202,7 @@ def loop(r: Run) -> tuple[float, float, float]:
         batch = next(loader)
         loss, by_time = r.forward_backward(batch, c, r.aligned(c))
         norm = optimizer.step(lr_share(progress, first, c))
-        heart.add(loss, by_time, norm, progress)
+        heart.pending.append((loss, by_time, norm, progress))
         state |= dict(step=state["step"] + 1, batches=state["batches"] + 1, samples=state["samples"] + c.batch)
         stall = loader.stall
 
@@ -2233,8 +2233,7 @@ def heartbeat(r: Run, heart: Heartbeat, elapsed: float, batch: Batch, stall: flo
 
 
 def save_samples(r: Run, name: str):
-    """The same prompts and noise at every call of a stage, with the EMA weights, at the size nearest to a square. All
-    ranks call, rank 0 writes."""
+    """The same prompts and noise at every call of a stage, with the EMA weights. All ranks call, rank 0 writes."""
     stage, device, model = r.state["stage"], r.world.device, r.nets["model"]
     c, data = r.configs[stage], r.datasets[stage]
     texts, captions = data.prompts(16)

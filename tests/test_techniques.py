@@ -312,7 +312,7 @@ def test_the_log_has_the_mean_loss_of_each_noise_level_over_its_steps(tmp_path):
     by_time[0, :, 0], by_time[1, :, 0], by_time[1, :, 7], by_time[2, :, 9] = (torch.tensor(pair) for pair in (
         (2.0, 1.0), (9.0, 3.0), (5.0, 2.0), (1.0, 4.0)))
     for i in range(3):
-        heart.add(torch.tensor(1.0 + i), by_time[i], torch.tensor(0.5 * i), 0.1 * i)
+        heart.pending.append((torch.tensor(1.0 + i), by_time[i], torch.tensor(0.5 * i), 0.1 * i))
     heart.beat(12.0, 32, 1e9, step=7)
     [record] = T.read_metrics(tmp_path)
     assert record["loss_by_time"] == pytest.approx([11 / 4, 0, 0, 0, 0, 0, 0, 5 / 2, 0, 1 / 4])

@@ -170,7 +170,7 @@ def test_the_heartbeat_writes_the_mean_loss_of_each_noise_level(in_tmp):
     for scale in (1.0, 3.0):
         sums, counts = torch.zeros(10), torch.zeros(10)
         sums[2], counts[2], sums[9], counts[9] = 4 * scale, 2, scale, 1
-        heart.add(torch.tensor(scale), torch.stack([sums, counts]), torch.tensor(1.0), 0.5)
+        heart.pending.append((torch.tensor(scale), torch.stack([sums, counts]), torch.tensor(1.0), 0.5))
     heart.beat(2.0, 8, 0.0, step=2)
     [record] = T.read_metrics(Path("r"))
     assert record["losses"] == [1.0, 3.0] and record["loss"] == 2.0 and record["images_per_s"] == 8
