@@ -61,7 +61,7 @@ def sha256(path: Path) -> str:
 
 # ---- new and race ----------------------------------------------------------------------------------------------------
 
-def new(args) -> int:
+def new(args):
     """A working copy of the trainer, or of a record's script."""
     folder, source = Path("work") / args.name, (args.start or ROOT) / "train_prx.py"
     if folder.exists():
@@ -70,13 +70,11 @@ def new(args) -> int:
     shutil.copy(source, folder / "train_prx.py")
     script = folder / "train_prx.py"
     sides = [shlex.quote(str(side)) for side in (source, script)]  # each a command line of its own
-    against = "--track", args.track, "--out", f"work/{args.name}-race"
-    print(f"edit {script}; try it:\n{command(script.resolve(), '--track', args.track)}\nrace it:\n"
-          f"{command('records/record.py', 'race', *sides, *against)}")
-    return 0
+    race = command("records/record.py", "race", *sides, "--track", args.track, "--out", f"work/{args.name}-race")
+    print(f"edit {script}; try it:\n{command(script.resolve(), '--track', args.track)}\nrace it:\n{race}")
 
 
-def race(args) -> int:
+def race(args):
     """A and B in turns, seed by seed."""
     data, out = (args.data or Path("shards") / args.track).resolve(), args.out.resolve()
     if not (data / "index.json").exists():
@@ -92,35 +90,40 @@ def race(args) -> int:
             raise UserError(f"{folder} holds runs of another script; choose another --out")
         shutil.copy(script, folder / "train_prx.py")
         sides[side] = folder, flags
-    begun, total, done = time.time(), 2 * args.seeds, 0
+    begun = time.time()
     for seed in range(args.seeds):
-        for side in ("ab" if seed % 2 == 0 else "ba"):
-            run_one(*sides[side], args.track, data, seed)
-            done += 1
-            left = (time.time() - begun) / done * (total - done)
-            came = outcome(out / side / f"logs/seed{seed}")
-            print(f"{side}, seed {seed}: {came['seconds']:.1f} s, {came['accuracy']:.2%}; {left / 60:.0f} minutes left",
-                  flush=True)
+        order = "ab" if seed % 2 == 0 else "ba"
+        for side in order:  # right after each other, so that the machine is the same
+            train_one(*sides[side], args.track, data, seed)
+        for side in order:
+            judge_one(sides[side][0], seed)
+        left = (time.time() - begun) / (seed + 1) * (args.seeds - seed - 1) / 60
+        a, b = (outcome(out / side / f"logs/seed{seed}") for side in "ab")
+        print(f"seed {seed}: A {a['seconds']:.1f} s, {a['accuracy']:.2%}; B {b['seconds']:.1f} s, {b['accuracy']:.2%}; "
+              f"{left:.0f} minutes left", flush=True)
     print(report(out, args.seeds))
-    return 0
 
 
-def run_one(folder: Path, flags: list[str], track: str, data: Path, seed: int):
-    """Trains and judges a seed, if that has not been done. A run that fails stays: every seed counts. It needs no
-    network, so it sees no proxy and no token."""
+def train_one(folder: Path, flags: list[str], track: str, data: Path, seed: int):
+    """Trains a seed, if that has not been done. A run that fails stays: every seed counts."""
+    if not finished(folder / f"logs/seed{seed}"):
+        print(f"seed {seed}: progress in {folder}/seed{seed}.txt", flush=True)
+        execute(folder, seed, "train_prx.py", "--track", track, "--data", str(data), "--seed", str(seed), "--name",
+                f"seed{seed}", *flags)
+
+
+def judge_one(folder: Path, seed: int):
+    run = folder / f"logs/seed{seed}"
+    if finished(run) and not (run / "metrics.json").exists():
+        execute(folder, seed, ROOT / "eval_prx.py", run, "--trust")
+
+
+def execute(folder: Path, seed: int, *words):
+    """A program that needs no network, so it sees no proxy and no token. What it says goes into the seed's log."""
     hidden = "_proxy", "_token", "_key", "_secret"
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith(hidden)} | dict(HF_HUB_OFFLINE="1")
-    run = folder / "logs" / f"seed{seed}"
-    training = [sys.executable, "train_prx.py", "--track", track, "--data", str(data), "--seed", str(seed), "--name",
-               run.name, *flags]
-    if not finished(run):
-        print(f"seed {seed}: progress in {folder / f'seed{seed}.txt'}", flush=True)
-        with open(folder / f"seed{seed}.txt", "w") as log:
-            subprocess.run(training, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=env)
-    if finished(run) and not (run / "metrics.json").exists():
-        judge = [sys.executable, ROOT / "eval_prx.py", run, "--trust"]
-        with open(folder / f"seed{seed}.txt", "a") as log:
-            subprocess.run(judge, stdout=log, stderr=subprocess.STDOUT, env=env)
+    with open(folder / f"seed{seed}.txt", "a") as log:
+        subprocess.run([sys.executable, *words], cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=env)
 
 
 def finished(run: Path) -> dict | None:
@@ -175,7 +178,7 @@ def report(out: Path, seeds: int) -> str:
 
 # ---- pack ------------------------------------------------------------------------------------------------------------
 
-def pack(args) -> int:
+def pack(args):
     """A race's B as a record, with its baseline A beside it."""
     about = read_json(args.race / "b/logs/seed0/run.json")
     seeds = range(len(list((args.race / "b/logs").glob("seed*"))))
@@ -186,10 +189,8 @@ def pack(args) -> int:
         target.mkdir(parents=True)
         shutil.copy(args.race / side / "train_prx.py", target)
         for seed in seeds:
-            (target / f"seed{seed}").mkdir()
-            for file in (args.race / side / "logs" / f"seed{seed}").iterdir():
-                if file.name in FILES:
-                    shutil.copy(file, target / f"seed{seed}")
+            shutil.copytree(args.race / side / f"logs/seed{seed}", target / f"seed{seed}",
+                            ignore=lambda folder, names: set(names) - set(FILES))
     a, b = ([outcome(args.race / side / f"logs/seed{seed}") for seed in seeds] for side in "ab")
     diff = subprocess.run(["git", "diff", "--no-index", "--shortstat", folder / "baseline/train_prx.py",
                            folder / "train_prx.py"], capture_output=True, text=True).stdout.strip()
@@ -202,7 +203,6 @@ def pack(args) -> int:
         f"# {args.name}\n\nBy {', '.join(args.author)}. `diff baseline/train_prx.py train_prx.py`: {diff or 'nothing'}."
         "\n\n## What changed, and why\n\n## What was expected, what was measured\n")
     print(f"wrote {folder}: fill in its README.md, then\n{command('records/record.py', 'verify', folder)}")
-    return 0
 
 
 # ---- verify ----------------------------------------------------------------------------------------------------------
@@ -266,9 +266,8 @@ def check_script(side: Path, claimed: str) -> list[str]:
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
-        for name in names:
-            if name.split(".")[0] in LOCAL:
-                problems.append(f"{path}, line {node.lineno}, imports {name} of the repository")
+        problems += [f"{path}, line {node.lineno}, imports {name} of the repository" for name in names
+                     if name.split(".")[0] in LOCAL]
     if any(len(line) > 400 for line in path.read_text().splitlines()):
         problems.append(f"{path} has a line of more than 400 characters; nobody can read it")
     return problems
@@ -342,7 +341,8 @@ def rerun(folder: Path, seed: int, data: Path) -> str:
     for name in ("--track", "--data", "--seed", "--name"):
         if name in flags:
             del flags[flags.index(name):flags.index(name) + 2]
-    run_one(scratch, flags, record["track"], data.resolve(), seed)
+    train_one(scratch, flags, record["track"], data.resolve(), seed)
+    judge_one(scratch, seed)
     here, claimed = outcome(scratch / f"logs/seed{seed}"), record["runs"][seed]
     before, after = ([x for r in read_lines(path / f"seed{seed}/metrics.jsonl") for x in r.get("losses", [])]
                      for path in (folder, scratch / "logs"))
@@ -387,10 +387,11 @@ def table(records: Path) -> tuple[str, list[dict]]:
     return "\n".join(lines if rows else ["No record has been made under protocol 2."]), rows
 
 
-def write_table(records: Path) -> int:
+def write_table(args):
     """The leaderboard into records/README.md, and history.png: time against date, a line for each kind of processor."""
     from matplotlib.figure import Figure
 
+    records = ROOT / "records"
     page, (text, rows) = records / "README.md", table(records)
     before, after = page.read_text().split(BOARD)[0], page.read_text().split("<!-- end -->")[1]
     page.write_text(f"{before}{BOARD}\n{text}\n<!-- end -->{after}")
@@ -399,10 +400,9 @@ def write_table(records: Path) -> int:
     for cpu in sorted({r["machine"]["cpu"] for r in rows}):
         points = sorted((r["folder"][:10], r["tests"]["seconds"]) for r in rows if r["machine"]["cpu"] == cpu)
         axes.plot(*zip(*points), "o-", label=cpu)
-    if rows:
         axes.legend()
+    if rows:
         figure.savefig(records / "history.png", metadata=dict(Software=None))
-    return 0
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -438,9 +438,8 @@ def main(argv: list[str] | None = None) -> int:
             if not problems and args.rerun is not None:
                 print("\n".join(rerun(folder, args.rerun, args.data or Path("shards/micro")) for folder in args.folders))
             return 2 if problems else 0
-        if args.command == "table":
-            return write_table(ROOT / "records")
-        return dict(new=new, race=race, pack=pack)[args.command](args)
+        dict(new=new, race=race, pack=pack, table=write_table)[args.command](args)
+        return 0
     except UserError as error:
         print(f"record: {error}", file=sys.stderr)
         return 2
