@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import gc
 import hashlib
 import importlib.metadata
 import io
@@ -97,7 +98,7 @@ class Config:
     track: str = knob("24h", "data, model, length, rules", "24h mini micro")
     name: str = knob("", "in logs/; empty: the track, and your data")
     seed: int = knob(0, "every draw: f(seed, step, global sample)")
-    steps: int = knob(0, "length in steps, reproducible to the bit")
+    steps: int = knob(0, "length in steps, on a CPU reproducible to the bit")
     hours: float = knob(24.0, "or in hours, from process start to final weights")
     stages: str = knob("all", "of the track's, such as 256px,sft")
     init: str = knob("", "PRX to start from: diffusers' folder, owner/name")
@@ -317,8 +318,6 @@ def problems_in(c: Config) -> list[str]:
     need(re.fullmatch(r"long|short|mix:(0(\.\d+)?|1(\.0+)?)", c.captions),
          f"--captions {c.captions} is unknown; use long, short or mix:0.3")
     need(not c.pdino or c.vae == "none", "--pdino compares pixels; give --vae none")
-    need(not c.contrastive or c.batch // c.accumulate % NEGATIVES == 0,
-         f"--batch {c.batch} over --accumulate must be a multiple of {NEGATIVES} for --contrastive")
     layer = f"--repa-layer {c.repa_layer}"
     need(not c.repa or c.repa_layer < c.depth, f"{layer} must be one of 0 to {c.depth - 1}")
     need(not (c.tread and c.sprint), "--tread and --sprint both route tokens; choose one")
@@ -708,10 +707,12 @@ class PRX(nn.Module):
         h, text, vec = self.img_in(h), self.txt_in(text), self.time_in(self.time_embedding(t))
         if mask is None:
             mask = torch.ones(text.shape[:2], dtype=torch.bool, device=x.device)
-        padding = F.pad(~mask, (0, h.shape[1]))[:, None, None]
-        mask = torch.where(padding, -torch.inf, 0.0)  # additive (B, 1, 1, T + N)
+        n = text.shape[1] + h.shape[1]
+        padding = F.pad(~mask, (0, h.shape[1] + -n % 8))[:, None, None]  # attention's kernels want strides of 8
+        mask = torch.where(padding, -torch.inf, 0.0)
         if h.is_cuda:  # on a CPU attention's backward pass took 11 ms in BF16, 1.2 in FP32
             mask = mask.to(h.dtype)
+        mask = mask[..., :n]  # additive (B, 1, 1, T + N)
 
         def run(h, start, stop, rope, mask, kept=None):
             for i in range(start, stop):
@@ -1276,6 +1277,7 @@ class MuonAdamW:
         self.adamw.found_inf = (~good).float()  # torch's own way to skip a fused step
         self.rest[0].grad, self.rest[1].grad = grads[0][self.split:], grads[1]
         self.adamw.step()
+        self.rest[0].grad = self.rest[1].grad = None  # they would keep the sums through the next step
         for flat in self.flats:
             if c.weights == "bf16":  # an update below half a unit in the last place is lost
                 flat.master.copy_(flat.master.bfloat16())
@@ -1478,7 +1480,7 @@ class Shards:
     def picture(self, s, row):  # uint8 (3, H, W)
         if self.image == "raw":
             return self.tensors[s["path"]]["image"][row]
-        file = io.BytesIO(self.ragged(s, row, self.image).numpy())
+        file = io.BytesIO(self.ragged(s, row, self.image).clone().numpy())  # copied without Python's lock
         image = Image.open(file, formats=["JPEG", "PNG"])
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
@@ -1924,6 +1926,8 @@ def open_everything(configs: list[Config], aligned: bool, world: World) -> tuple
         problems.append(f"track 24h needs CUDA GPUs, and torch finds none; --track micro runs on a CPU ({reason})")
     problems += [f"--batch {k.batch} over --accumulate {k.accumulate} is not a multiple of {world.size} ranks; change "
                  "one of them" for k in configs if k.batch // k.accumulate % world.size]
+    problems += [f"--batch {k.batch} over --accumulate and ranks must be a multiple of {NEGATIVES} for --contrastive"
+                 for k in configs if k.contrastive and k.batch // k.accumulate // world.size % NEGATIVES]
     if c.vae != "none":
         frozen.vae = attempt(problems, VAE, c.vae, device)
     datasets = [attempt(problems, Shards, k, i, frozen.vae) for i, k in enumerate(configs)]
@@ -2070,15 +2074,10 @@ def get_ready(r: Run):
     long = c.steps >= 600 or c.hours >= 1.5 / 60  # two cores: 15 s for a fifth of a step (notes/speed.md)
     if c.compile == "on" or c.compile == "auto" and (r.world.device.type == "cuda" or long):
         compile_blocks(r)
-    try:
-        if r.large:
-            log("no warm-up: on a CPU a model of this size takes minutes a step")
-        else:
-            measured = warm_up(r)
-    except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, a broken one, no Python headers
-        log(f"torch.compile does not work here, so the blocks run uncompiled, which is slower ({first_line(error)})")
-        torch.compiler.set_stance("force_eager")
-        r.optimizer.reset()
+    if r.large:
+        log("no warm-up: on a CPU a model of this size takes minutes a step")
+    else:
+        measured = warm_up(r)
     if c.dry_run:
         log(describe_plan(r, measured))
     elif r.checkpoint:
@@ -2114,7 +2113,7 @@ def compile_blocks(r: Run):
 def warm_up(r: Run) -> dict[int, tuple[float, int]]:
     """A throw-away step of every shape of every stage to come: compiles what the run will need, and finds out of memory
     by running out of memory. Returns per stage, on CUDA, seconds of a step without the optimizer, and peak bytes."""
-    cuda, problems, measured = r.world.device.type == "cuda", [], {}
+    cuda, problems, broken, measured = r.world.device.type == "cuda", [], [], {}
     for stage in range(r.state["stage"], len(r.configs)):
         c, data, loader, slowest = r.configs[stage], r.datasets[stage], r.loader(stage), 0.0
         aligns = [False, True] if r.aligned(c) and c.repa_until < 1 else [r.aligned(c)]
@@ -2133,8 +2132,16 @@ def warm_up(r: Run) -> dict[int, tuple[float, int]]:
             except torch.OutOfMemoryError as error:
                 problems.append(f"stage {r.stages[stage].name} does not fit into a GPU at {height} x {width} px "
                                 f"({first_line(error)}); give --accumulate {2 * c.accumulate}, or a smaller model")
+            except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, a broken one, no Python headers
+                broken.append(first_line(error))
         if cuda:
             measured[stage] = slowest, torch.cuda.max_memory_allocated()
+    if reasons := sum(r.world.gather(broken), []):  # on any rank. Does it fit uncompiled?
+        r.log(f"torch.compile does not work here, so the blocks run uncompiled, which is slower ({reasons[0]})")
+        torch.compiler.set_stance("force_eager")
+        r.nets.zero_grad()
+        r.optimizer.reset()
+        return warm_up(r)
     r.world.refuse(problems)
     if cuda:
         kernels = attention_kernels(lambda: r.forward_backward(batch, c, align))
@@ -2197,6 +2204,7 @@ def loop(r: Run) -> tuple[float, float, float]:
             loader.stall = stall
         if r.frozen.teacher and (progress >= c.repa_until or not any(k.repa for k in r.configs[stage:])):
             r.frozen.teacher, state["burned_in"], loader.pixels = None, True, False
+            gc.collect()  # compiled layers refer to themselves
             r.log(f"REPA ends at step {state['step']}: the teacher is gone from memory")
 
         batch = next(loader)

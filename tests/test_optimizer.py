@@ -289,6 +289,15 @@ def test_a_non_finite_gradient_changes_no_weight_and_is_counted():
         assert all(p.isfinite().all() and not torch.equal(before[n], p) for n, p in params(nets).items())
 
 
+def test_no_sums_of_gradients_stay_in_memory_after_a_step():
+    nets = model()
+    optimizer = T.MuonAdamW(nets, MUON, T.World())
+    feed(nets, 0)
+    optimizer.accumulate()
+    optimizer.step()
+    assert all(p.grad is None for p in [*optimizer.rest, *nets.parameters()])
+
+
 def test_micro_batches_sum_in_fp32():
     nets = model({"w.weight": (4, 4), "bias": (4,)})
     optimizer, w = T.MuonAdamW(nets, MUON, T.World()), params(nets)["model.w.weight"]

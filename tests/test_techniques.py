@@ -500,7 +500,7 @@ def test_a_teacher_that_lacks_weights_is_refused(teachers, tmp_path):
     (["--repa", 0.5, "--repa-layer", 4], "--repa-layer 4 must be one of 0 to 3"),
     (["--repa", 0.5, "--repa-kind", "irepa", "--tread", 0.5], "--repa-layer 2 must see all tokens for irepa"),
     (["--repa", 0.5, "--repa-teacher", "/gone"], "the teacher /gone cannot be loaded"),
-    (["--contrastive", 0.05, "--batch", 12], "--batch 12 over --accumulate must be a multiple of 8 for --contrastive"),
+    (["--contrastive", 0.05, "--batch", 12], "--batch 12 over --accumulate and ranks must be a multiple of 8 for"),
     (["--pdino", 0.1, "--vae", "flux"], "--pdino compares pixels; give --vae none"),
     (["--repa-kind", "x"], "invalid choice: 'x'"),
 ])
@@ -508,6 +508,13 @@ def test_what_cannot_work_is_refused(shards, capsys, flags, says):
     run(*DEEP, "--steps", 2, *flags, code=2)
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1
+
+
+def test_a_group_of_contrastive_negatives_fits_into_a_ranks_micro_batch(shards):
+    c = dataclasses.replace(T.TRACKS["micro"][0], data="shards/micro", repa=0.0, contrastive=0.05, batch=32)
+    T.open_everything([c], False, T.World(size=4))
+    with pytest.raises(T.UserError, match="--batch 32 over --accumulate and ranks must be a multiple of 8"):
+        T.open_everything([dataclasses.replace(c, accumulate=2)], False, T.World(size=4))
 
 
 def test_repa_without_images_is_refused(tmp_path):

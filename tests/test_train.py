@@ -146,6 +146,16 @@ def test_without_a_compiler_a_run_goes_on_and_says_so(shards):
     assert "torch.compile does not work here, so the blocks run uncompiled" in done.stdout and "no-such" in done.stdout
 
 
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.skipif(not shutil.which("g++"), reason="rank 0 needs a C++ compiler")
+def test_where_one_rank_cannot_compile_all_go_on_uncompiled(shards):
+    Path("one.py").write_text("import os, runpy\nif os.environ['RANK'] == '1':\n    os.environ['CXX'] = 'no-such-compiler'\n"
+                              f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n")
+    process = start("--steps", 2, "--depth", 1, "--name", "r", "--compile", "on", ranks=2, script="one.py")
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and said.count("so the blocks run uncompiled") == 1 and "no-such" in said, said
+
+
 # --- one step
 
 def test_losses_are_sorted_by_their_noise_level(monkeypatch):
