@@ -14,7 +14,6 @@ Best record: `micro`, 96.28 % prompt accuracy (protocol 1, 3 seeds) in 60 second
 import argparse
 import collections
 import contextlib
-import dataclasses
 import datetime
 import fcntl
 import gc
@@ -35,7 +34,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 # Read at once: the log holds what runs, whatever the file becomes
@@ -51,7 +50,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -76,6 +75,17 @@ class LostPeers(TrainingFailed):
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def explained(what: str, remedy: str):
+    """Whatever fails inside, and networks fail in any way, is one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} ({type(error).__name__}: {first_line(error)}); {remedy}") from None
 
 
 def command(script: str, *words) -> str:
@@ -246,18 +256,15 @@ def parse_args(argv: list[str]) -> tuple[Config, list[Stage]]:
     has_sft = config.sft_data or not config.data and Path(sft, "index.json").exists()
     name = config.name or re.sub(r"[^\w.-]", "_", "-".join(names))
     config = replace(config, name=name, data=config.data or f"shards/{config.track}")
-    stages = {s.name: s for s in stages if s.name != "sft" or has_sft}
+    stages = {s.name: replace(s, knobs={k: v for k, v in s.knobs.items() if k not in flags})
+              for s in stages if s.name != "sft" or has_sft}
+    if "sft" in stages:
+        stages["sft"].knobs["data"] = sft
     wanted = list(stages) if config.stages == "all" else config.stages.split(",")
     if unknown := set(wanted) - set(stages):
         raise UserError(f"--stages {','.join(sorted(unknown))} is unknown; this run has {','.join(stages)} "
                         "(sft needs --sft-data)")
-    chosen = []
-    for stage in stages.values():
-        if stage.name in wanted:
-            knobs = {k: v for k, v in stage.knobs.items() if k not in flags}
-            if stage.name == "sft":
-                knobs["data"] = sft
-            chosen.append(Stage(stage.name, stage.share, knobs))
+    chosen = [stage for stage in stages.values() if stage.name in wanted]
     World().refuse([p for stage in chosen for p in problems_in(stage.config(config))])
     return config, chosen
 
@@ -335,7 +342,8 @@ def problems_in(c: Config) -> list[str]:
 # 3. Ranks, clock and log: torchrun's variables or one plain process; rank 0 speaks, the clock never stops.
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of collectives. None waits for a disk
-PEAK_FLOPS = 989e12  # dense BF16 of an H100 or H200 as others count it; MFU is the model's FLOPs over this
+# Dense BF16 of an H100 or H200 as others count it; MFU is the model's FLOPs over this
+PEAK_FLOPS = 989e12
 
 
 @dataclass
@@ -405,15 +413,13 @@ def connect() -> World:
     if int(env.get("WORLD_SIZE", 1)) == 1:
         return World(device=device)
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-    try:
+    # The port may be taken, a host away, a variable missing
+    with explained("the ranks cannot meet", "start them with torchrun --standalone, or give another --master_port"):
         torchrun, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # Without a prefix a restart finds the dead ranks' addresses in the store
         store = dist.PrefixStore(f"attempt-{attempt}", torchrun)
         backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=gpu)
-    except (RuntimeError, ValueError) as error:  # the port is taken, a host is not there, a variable is missing
-        raise UserError(f"the ranks cannot meet ({first_line(error)}); start them with torchrun --standalone, or give "
-                        "another --master_port") from None
     world = World(rank, size, device, dist.new_group(backend="gloo", timeout=TIMEOUT), store, torchrun)
     if attempt != "0" and torchrun.check(["verdict"]):  # starting again helps against crashes only
         world.refuse([f"the attempt before ended for good: {torchrun.get('verdict').decode()}"])
@@ -455,7 +461,7 @@ class Log:
 
     def __init__(self, folder: Path | None, world: World):
         self.on = world.rank == 0
-        self.clear = "\r\033[K" if self.on and sys.stderr.isatty() else ""  # the progress line, on a terminal
+        self.clear = "\r\033[K" if self.on and sys.stderr.isatty() else ""
         quiet = folder is None or not self.on
         self.text = open(os.devnull if quiet else folder / "log.txt", "a")
         self.metrics = open(os.devnull if quiet else folder / "metrics.jsonl", "a")
@@ -465,8 +471,7 @@ class Log:
     def __call__(self, line: str, show: bool = True, live: bool = False):
         """show: on stdout, too. live: on a terminal instead as its progress line."""
         with contextlib.suppress(OSError):  # a full disk ends no run
-            self.text.write(line + "\n")
-            self.text.flush()
+            print(line, file=self.text, flush=True)
         if live and self.clear:
             print(self.clear + line, end="", file=sys.stderr, flush=True)
         elif show and self.on:
@@ -476,8 +481,7 @@ class Log:
         """One line of metrics.jsonl. JSON knows no NaN: what is not finite becomes null."""
         record = json.loads(json.dumps(record | dict(time=time.time())), parse_constant=lambda name: None)
         with contextlib.suppress(OSError):
-            self.metrics.write(json.dumps(record) + "\n")
-            self.metrics.flush()
+            print(json.dumps(record), file=self.metrics, flush=True)
 
 
 class Heartbeat:
@@ -913,9 +917,9 @@ def quiet_import(name: str):
     return module
 
 
-def unavailable(name: str, error: Exception) -> UserError:
-    return UserError(f"{name} cannot be loaded ({first_line(error)}); give a local folder, or for a gated repository "
-                     "accept its licence and log in with `hf auth login`")
+def loading(name: str):
+    return explained(f"{name} cannot be loaded", "give a local folder, or for a gated repository accept its licence "
+                     "and log in with `hf auth login`")
 
 
 def frozen_dtype(device) -> torch.dtype:
@@ -932,16 +936,14 @@ class VAE:
     def __init__(self, name: str, device="cpu"):
         diffusers = quiet_import("diffusers")
         source, sub = VAES.get(name, name), "vae"
-        try:
+        with loading(f"--vae {name}"):
             try:  # part of a pipeline, or the repository itself
                 config = diffusers.AutoencoderKL.load_config(source, subfolder=sub)
             except OSError:
                 sub, config = None, diffusers.AutoencoderKL.load_config(source)
             kind = getattr(diffusers, config["_class_name"])
             self.model = kind.from_pretrained(source, subfolder=sub, use_safetensors=True)
-            self.posterior(torch.zeros(1, 3, 64, 64))
-        except Exception as error:  # another kind of network fails in any way
-            raise unavailable(f"--vae {name}", error) from None
+            z = self.posterior(torch.zeros(1, 3, 64, 64))
         c, digest = self.model.config, hashlib.sha256()
         for key, tensor in sorted(self.model.state_dict().items()):
             digest.update(key.encode() + tensor.float().numpy().tobytes())
@@ -954,8 +956,7 @@ class VAE:
         self.device = device
         self.dtype = torch.float32 if c.get("force_upcast") else frozen_dtype(device)
         self.model.to(device, self.dtype).requires_grad_(False)
-        probe = self.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-        self.channels, self.factor = probe.shape[1], 64 // probe.shape[2]
+        self.channels, self.factor = z.shape[1] * self.pack ** 2, 64 // z.shape[2] * self.pack
         self.about = dict(
             vae=Path(name).name, type=kind.__name__, channels=self.channels, factor=self.factor, scale=scale,
             shift=shift, sha256=digest.hexdigest())
@@ -985,7 +986,7 @@ class TextEncoder:
         source = TEXTS.get(name, name)
         encoders = {"t5gemma": "T5GemmaEncoderModel", "t5": "T5EncoderModel", "clip": "CLIPTextModel"}
         self.device, self.max_tokens, self.lock = device, max_tokens, threading.Lock()
-        try:
+        with loading(f"--text {name}"):
             config = transformers.AutoConfig.from_pretrained(source)
             kind = getattr(transformers, encoders.get(config.model_type, "AutoModel"))
             if config.model_type == "clip":
@@ -996,8 +997,6 @@ class TextEncoder:
             self.model = kind.from_pretrained(source, config=config, use_safetensors=True, dtype=frozen_dtype(device))
             self.model.to(device).requires_grad_(False)
             self.width = self.encode([""])[0].shape[-1]
-        except Exception as error:  # likewise
-            raise unavailable(f"--text {name}", error) from None
         self.about = dict(text=Path(name).name, width=self.width, max_tokens=max_tokens)
 
     def tokenize(self, prompts: list[str]):
@@ -1006,7 +1005,8 @@ class TextEncoder:
             out = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=self.max_tokens,
                                  return_tensors="pt")
         mask = out["attention_mask"].bool()
-        mask[:, 0] = True  # where a tokenizer makes nothing of the empty prompt, one padding token stands for it
+        # Where a tokenizer makes nothing of the empty prompt, one padding token stands for it
+        mask[:, 0] = True
         return out["input_ids"], mask
 
     @torch.no_grad()
@@ -1024,15 +1024,13 @@ class Teacher:
 
     def __init__(self, name: str, device="cpu"):
         transformers = quiet_import("transformers")
-        try:
+        with loading(f"the teacher {name}"):
             self.model, report = transformers.AutoModel.from_pretrained(
                 TEACHERS.get(name, name), use_safetensors=True, dtype=frozen_dtype(device), output_loading_info=True)
             if report["missing_keys"]:  # they would be drawn at random
                 raise ValueError(f"it lacks weights such as {sorted(report['missing_keys'])[0]}")
             self.patch = self.model.config.patch_size
             self.width = self.model.config.hidden_size
-        except (OSError, ValueError, AttributeError) as error:
-            raise unavailable(f"the teacher {name}", error) from None
         self.model.to(device).requires_grad_(False)
         self.mean = torch.tensor((0.485, 0.456, 0.406), device=device)[:, None, None]
         self.std = torch.tensor((0.229, 0.224, 0.225), device=device)[:, None, None]
@@ -1050,7 +1048,7 @@ def to_float(images):
     return images.float().div_(127.5).sub_(1)
 
 
-@dataclasses.dataclass
+@dataclass
 class Frozen:
     """The networks that a run uses and does not train, or None."""
 
@@ -1093,7 +1091,8 @@ POLAR[:-1] = [(a / 1.01, b / 1.01 ** 3, c / 1.01 ** 5) for a, b, c in POLAR[:-1]
 NEWTON_SCHULZ = POLAR
 BETAS = 0.9, 0.95  # AdamW
 EMA_EVERY = 10  # steps
-STACK = 2 ** 26  # elements orthogonalised at once: bounds the temporaries (5 GB for all gate and up matrices of 1.2 B)
+# Elements orthogonalised at once: bounds the temporaries (5 GB for all gate and up matrices of 1.2 B)
+STACK = 2 ** 26
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -1232,7 +1231,7 @@ class MuonAdamW:
         for flat in self.flats:
             dtype = torch.float32 if flat is self.vectors else self.matrix_dtype()
             own = flat.ema if ema else flat.master
-            views = flat.everywhere(own.to(dtype) if self.world.size > 1 else own)  # over the links in its dtype
+            views = flat.everywhere(own.to(dtype) if self.world.size > 1 else own)
             torch._foreach_copy_([self.params[n].data for n in views], list(views.values()))
 
     @torch.no_grad()
@@ -1357,7 +1356,7 @@ def read_index(folder: Path) -> dict:
         how = f"`{command('data/scenes.py', '--track', folder.name, '--out', folder)}`"
     if not path.exists():
         raise UserError(f"--data {folder} holds no index.json; write it with {how}")
-    try:
+    with explained(f"{path} is damaged", "prepare the data again"):
         index = dict(json.loads(path.read_text()))
         if index["format"] != 2:
             raise UserError(f"{path} has format {index['format']}, this script reads 2; prepare the data again")
@@ -1365,8 +1364,6 @@ def read_index(folder: Path) -> dict:
             s |= {k: int(s[k]) for k in ("count", "resolution", "height", "width")}
             s |= dict(path=folder / s["file"], split=str(s["split"]), skip=np.array(s["skip"], np.int64))
         index["shards"][0], index["captions"], index["latent"], index["text"], index["image"]  # are they there?
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__} {error}); prepare the data again") from None
     return index | dict(folder=folder, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -1391,7 +1388,7 @@ class Shards:
         self.shards = [s for s in every if s["split"] == "train"]
         self.held_out = [s for s in every if s["split"] == "eval"]
         self.check(c, vae)
-        self.tensors = {s["path"]: self.open(s) for s in every}  # now: better than in the middle of the run
+        self.tensors = {s["path"]: self.open(s) for s in every}
         self.first = np.cumsum([0] + [s["count"] for s in self.shards])  # the id of each shard's first sample
         self.ids = [np.delete(np.arange(s["count"]), s["skip"]) + n for s, n in zip(self.shards, self.first)]
         self.folders = [[i for i, s in enumerate(self.shards) if s["folder"] == f] for f in range(len(folders))]
@@ -1441,11 +1438,9 @@ class Shards:
     @staticmethod
     def load(path: Path) -> dict:
         """Tensors that read the file when they are indexed."""
-        try:
+        with explained(f"{path} cannot be read", "restore it or prepare the data again"):
             file = safe_open(path, "pt")
             return {key: file.get_tensor(key) for key in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}); restore it or prepare the data again") from None
 
     def open(self, s) -> dict:
         tensors, n = self.load(s["path"]), s["count"]
@@ -1480,7 +1475,7 @@ class Shards:
     def picture(self, s, row):  # uint8 (3, H, W)
         if self.image == "raw":
             return self.tensors[s["path"]]["image"][row]
-        file = io.BytesIO(self.ragged(s, row, self.image).clone().numpy())  # copied without Python's lock
+        file = io.BytesIO(self.ragged(s, row, self.image).clone().numpy())  # copies without the GIL
         image = Image.open(file, formats=["JPEG", "PNG"])
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
@@ -1535,7 +1530,7 @@ def pack_text(texts: list, c: Config, encoder) -> tuple[torch.Tensor, torch.Tens
     return states, torch.arange(c.text_tokens) < torch.tensor([len(x) for x in texts])[:, None]
 
 
-@dataclasses.dataclass
+@dataclass
 class Batch:
     """This rank's rows of a global batch; on the device with noise and routes."""
 
@@ -1666,11 +1661,9 @@ def save_grid(images, prompts: list[str], path: Path):
 def paint(request: Path, out: Path):
     """--paint: images of this script's run. records/README.md has the request's format."""
     run = Path(__file__).resolve().parent
-    try:
+    with explained("--paint needs a run's folder and a request", "records/README.md has its format"):
         saved, asked = (json.loads(file.read_text()) for file in (run / "config.json", request))
         prompts, seeds = asked.pop("prompts"), asked.pop("seeds")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--paint needs a run's folder and a request ({type(error).__name__} {error})") from None
     c = Stage(**saved["stages"][-1]).config(Config(**saved["config"]))
     defaults = dict(format=1, transformer="transformer", steps=25, cfg_scale=3.0, batch=64, precision="fp32",
                     device="auto", height=c.resolution, width=c.resolution)
@@ -1723,7 +1716,7 @@ def load_transformer(source, device="cpu") -> PRX:
     """A PRX in diffusers format, strictly, in FP32: a transformer's folder, a pipeline's, or owner/name on the hub."""
     folder, tensors = Path(source), {}
     weights = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-?????.safetensors"
-    try:
+    with loading(f"{source} as a PRX transformer in diffusers format"):
         if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
             hub = importlib.import_module("huggingface_hub")
             folder = Path(hub.snapshot_download(str(source), allow_patterns=["transformer/*", "config.json", *weights]))
@@ -1735,8 +1728,6 @@ def load_transformer(source, device="cpu") -> PRX:
         # PRX has no resolution_embeds: where they are off nothing is missing, where they are on it refuses the name
         model = PRX(**{k: v for k, v in config.items() if not k.startswith("_") and v is not False})
         model.load_state_dict(tensors, strict=True)
-    except Exception as error:  # the hub alone has a dozen classes
-        raise unavailable(f"{source} as a PRX transformer in diffusers format", error) from None
     return model.to(device)
 
 
@@ -1879,7 +1870,7 @@ def attempt(problems: list[str], make, *args):
 
 
 def settings(config: Config, stages: list[Stage]) -> dict:
-    return dict(config=dataclasses.asdict(config), stages=[dataclasses.asdict(s) for s in stages])
+    return dict(config=asdict(config), stages=[asdict(s) for s in stages])
 
 
 def find_start(config: Config, stages: list[Stage], run: Path) -> tuple:
@@ -1902,12 +1893,10 @@ def find_start(config: Config, stages: list[Stage], run: Path) -> tuple:
 
 def check_settings(run: Path, now: dict):
     """Refuse to go on with a run under other settings."""
-    try:
+    with explained(f"{run}/config.json cannot be read", "choose another --name"):
         then = json.loads((run / "config.json").read_text())
         then, now = (x["config"] | dict(stages=[s | dict(knobs=s["knobs"] | dict(data="")) for s in x["stages"]])
                      for x in (then, now))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run}/config.json cannot be read ({error}); choose another --name") from None
     differ = [f"{flag(k)} was {then.get(k)}, now {v}" for k, v in now.items() if k not in FREE and then.get(k) != v]
     if differ:
         raise UserError(f"{run} was started with other settings ({'; '.join(differ)}); repeat them, or choose another "
@@ -2002,7 +1991,7 @@ class Run:
         self.checkpoint, self.state, before, notes = world.gather(start)[0]
         self.clock = Clock(before)
         if self.checkpoint:
-            config = dataclasses.replace(config, init="")
+            config = replace(config, init="")
         self.world, self.folder, self.config, self.stages = world, folder, config, stages
         self.configs = [stage.config(config) for stage in stages]  # one per stage, as are the data
 
@@ -2023,7 +2012,8 @@ class Run:
             log(note)
 
         frozen, data = self.frozen, self.datasets[0]
-        if frozen.teacher:  # its projector stays after the burn-in: whatever goes on has the same optimizer
+        # Its projector stays after the burn-in: whatever goes on has the same optimizer
+        if frozen.teacher:
             self.state["features"] = frozen.teacher.width
         width = data.text["width"] if data.text else frozen.text.width
         self.nets = build_nets(self.configs, width, self.state["features"], frozen, world.device)
@@ -2183,7 +2173,8 @@ def describe_plan(r: Run, measured: dict) -> str:
 def loop(r: Run) -> tuple[float, float, float]:
     """Train until the length is reached, a signal comes or --stop-after. Returns progress, elapsed, stall."""
     config, world, state, optimizer = r.config, r.world, r.state, r.optimizer
-    budget = max(1e-3, config.hours * 3600 - 1.0 - 2e-8 * r.parameters())  # less the time to write them: a guess
+    # Less the time to write them: a guess
+    budget = max(1e-3, config.hours * 3600 - 1.0 - 2e-8 * r.parameters())
     [elapsed] = world.agree(r.clock())
     heart, next_checkpoint = Heartbeat(r.log, world, elapsed), elapsed + config.checkpoint_minutes * 60
     stage, loader, stall, next_grid = None, None, 0.0, 0
@@ -2195,7 +2186,7 @@ def loop(r: Run) -> tuple[float, float, float]:
             break
         first = state.setdefault("first_progress", progress)
         next_grid = next_grid or max(1, math.ceil(progress * (config.samples + 1)))
-        if (now := stage_at(progress, r.stages)) != stage:  # its knobs, its data from the first batch on
+        if (now := stage_at(progress, r.stages)) != stage:
             if now != state["stage"]:
                 state |= dict(stage=now, batches=0)
                 r.log(f"stage {r.stages[now].name}: {r.stages[now].knobs}")
@@ -2359,7 +2350,8 @@ def main(argv: list[str] | None = None) -> int:
         what = f"lost its peers ({first_line(error)})" if lost else f"failed:\n{traceback.format_exc()}"
         print(f"train_prx: rank {rank} {what}", file=sys.stderr, flush=True)
         code = 1
-    if size > 1:  # at once: destroying the group would wait for peers that wait for this rank. torchrun ends them
+    # At once: destroying the group would wait for peers that wait for this rank. torchrun ends them
+    if size > 1:
         os._exit(code)
     return code
 

@@ -81,7 +81,7 @@ ADVICE = {
     ("train_prx.py", "read_index"): "test_missing_scenes_are_written_by_the_command_of_the_message",
     ("train_prx.py", "train"): "test_photographs_by_the_readmes_commands_and_those_that_they_show",
     ("train_prx.py", "connect"): "half a command, for ranks that cannot meet",
-    ("train_prx.py", "unavailable"): "the hub: a login",
+    ("train_prx.py", "loading"): "the hub: a login",
     ("data/prepare.py", "next_command"): "test_the_printed_command_trains",
     ("data/prepare.py", "small_text"): "installs packages, as .ci/run does",
     ("data/caption.py", "caption_folder"): "test_hidden_images_get_no_caption_and_the_printed_command_runs",

@@ -51,7 +51,7 @@ def test_nothing_in_a_step_waits_for_the_gpu(monkeypatch):
     def step():
         loss, by_time = T.training_step(nets, frozen, batch, c, True)
         optimizer.accumulate()
-        log.add(loss, by_time, optimizer.step(0.5), 0.5)
+        log.pending.append((loss, by_time, optimizer.step(0.5), 0.5))
 
     step()
     for name in ("tensor", "as_tensor"):  # their copies wait, too, and are not seen by the watch
