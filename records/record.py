@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -34,7 +35,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import scenes  # noqa: E402
-from data.shards import UserError, command, write_json  # noqa: E402
+from data.shards import UserError, command, file_sha256, write_json  # noqa: E402
 
 SEEDS = 5  # at least, numbered from 0
 TARGET, LEVEL = 0.95, 0.01  # micro: prompt accuracy, and p of both tests
@@ -42,6 +43,7 @@ FASTER = 0.98  # a new record's mean time over its baseline's, at most
 FILES = ("log.txt", "metrics.jsonl", "metrics.json", "scores.json", "run.json", "samples.png")  # of each run
 TOP = ("record.json", "README.md", "train_prx.py", "rerun.json")
 LARGEST = 300 << 10  # bytes of a file
+SYSTEM = "/proc/self/stat", "/proc/cpuinfo"  # what the trainer reads beside its data
 LOCAL = ("data", "eval_prx", "records", "tests", "train_prx")  # modules that a record's script must not import
 DATA = "bdfb4862c633a39caaa7e07fd831f14337b5e7aa2c49c8fb869ed26566e653ab"  # sha256 of shards/micro/index.json
 PROMPTS = 2000
@@ -53,10 +55,6 @@ def read_json(path: Path) -> dict:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}); restore it") from None
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # ---- new and race ----------------------------------------------------------------------------------------------------
@@ -86,7 +84,7 @@ def race(args):
             raise UserError(f"{script} is no script; give a file, or a file and its flags in quotes")
         folder = out / side
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "train_prx.py").exists() and sha256(folder / "train_prx.py") != sha256(Path(script)):
+        if (folder / "train_prx.py").exists() and file_sha256(folder / "train_prx.py") != file_sha256(Path(script)):
             raise UserError(f"{folder} holds runs of another script; choose another --out")
         shutil.copy(script, folder / "train_prx.py")
         sides[side] = folder, flags
@@ -195,10 +193,10 @@ def pack(args):
     diff = subprocess.run(["git", "diff", "--no-index", "--shortstat", folder / "baseline/train_prx.py",
                            folder / "train_prx.py"], capture_output=True, text=True).stdout.strip()
     write_json(folder / "record.json", dict(
-        format=1, track=about["track"], name=args.name, authors=args.author, diff=diff,
-        source_sha256=sha256(folder / "train_prx.py"), baseline_sha256=sha256(folder / "baseline/train_prx.py"),
-        machine=about["machine"], parameters=about["parameters"], world_size=about["world_size"], data=about["data"],
-        runs=b, baseline_runs=a))
+        format=1, track=about["track"], name=args.name, authors=args.author, diff=diff, machine=about["machine"],
+        source_sha256=file_sha256(folder / "train_prx.py"), world_size=about["world_size"], data=about["data"],
+        baseline_sha256=file_sha256(folder / "baseline/train_prx.py"), parameters=about["parameters"], runs=b,
+        baseline_runs=a))
     (folder / "README.md").write_text(
         f"# {args.name}\n\nBy {', '.join(args.author)}. `diff baseline/train_prx.py train_prx.py`: {diff or 'nothing'}."
         "\n\n## What changed, and why\n\n## What was expected, what was measured\n")
@@ -256,7 +254,7 @@ def check_files(folder: Path) -> list[str]:
 
 def check_script(side: Path, claimed: str) -> list[str]:
     path = side / "train_prx.py"
-    if sha256(path) != claimed:
+    if file_sha256(path) != claimed:
         return [f"{path} is not the script of record.json (its sha256 differs)"]
     try:
         tree = ast.parse(path.read_text())
@@ -268,6 +266,9 @@ def check_script(side: Path, claimed: str) -> list[str]:
         names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
         problems += [f"{path}, line {node.lineno}, imports {name} of the repository" for name in names
                      if name.split(".")[0] in LOCAL]
+        text = str(node.value) if isinstance(node, ast.Constant) else ""
+        if re.match(r"(~|\.\.)/|/(dev|etc|home|mnt|opt|proc|root|srv|sys|tmp|usr|var)/", text) and text not in SYSTEM:
+            problems.append(f"{path}, line {node.lineno}, names {text}, which is not its data")
     if any(len(line) > 400 for line in path.read_text().splitlines()):
         problems.append(f"{path} has a line of more than 400 characters; nobody can read it")
     return problems
@@ -286,7 +287,7 @@ def check_run(run: Path, side: Path, claimed: dict) -> list[str]:
             problems.append(f"{run}: {sentence}")
 
     source = log.split("--- source\n", 1)[-1].split("\n--- end of source", 1)[0]
-    need(hashlib.sha256(source.encode()).hexdigest() == sha256(side / "train_prx.py") == about["source_sha256"],
+    need(hashlib.sha256(source.encode()).hexdigest() == file_sha256(side / "train_prx.py") == about["source_sha256"],
          "the source in log.txt, the folder's script and run.json are not the same")
     need(about["seed"] == claimed["seed"], f"run.json has seed {about['seed']}")
     need(about["track"] == "micro" and [d["sha256"] for d in about["data"]] == [DATA],
@@ -309,7 +310,7 @@ def check_run(run: Path, side: Path, claimed: dict) -> list[str]:
     protocol, found = result["protocol"], result["metrics"]["eval"]
     need(protocol.get("n") == PROMPTS and protocol.get("scenes") == scenes.MICRO.protocol,
          "it was judged by another protocol")
-    need(protocol.get("script_sha256") == sha256(side / "train_prx.py"), "its pictures are another script's")
+    need(protocol.get("script_sha256") == file_sha256(side / "train_prx.py"), "its pictures are another script's")
     accuracy = np.asarray(scores.get("eval", {}).get("accuracy", []), dtype=np.float64)
     need(len(accuracy) == PROMPTS, "scores.json does not hold the scores of all prompts")
     need(len(accuracy) and abs(accuracy.mean() - found["accuracy"]) < 1e-6,

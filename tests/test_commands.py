@@ -2,10 +2,12 @@
 
 import argparse
 import ast
+import json
 import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, ROOT, T, run, weights
 from PIL import Image
+from test_script import renamed
 
 from records import ablate, record
 
@@ -147,7 +150,7 @@ def test_a_row_of_the_ablations_is_repeated_by_the_command_that_is_shown(shards,
     assert Path("logs/ablate-micro-Muon-seed0-2/transformer/config.json").exists()
 
 
-def test_a_working_copy_trains_and_races_by_the_commands_that_are_shown(shards, capsys):
+def test_a_working_copy_trains_and_races_by_the_commands_that_are_shown(shards, monkeypatch, capsys):
     """From a record whose script is a small one of a short default length, which paints in one step."""
     script = (ROOT / "train_prx.py").read_text()
     for there, small in (("steps=1100", "steps=4"), ("hidden=128, depth=6", "hidden=32, depth=3"),
@@ -160,6 +163,19 @@ def test_a_working_copy_trains_and_races_by_the_commands_that_are_shown(shards, 
     _, trial, _, race = capsys.readouterr().out.splitlines()
     execute(trial)
     assert "B takes " in execute(race, "--seeds 2")
+
+    monkeypatch.setattr(record, "ROOT", shards)  # it is packed, the trainer of the checkout changes, a seed is repeated
+    assert record.main(["pack", "work/mine-race", "--name", "mine", "--author", "me"]) == 0
+    [folder] = Path("records/micro").iterdir()
+    os.mkdir("main")
+    for part in ("data", "records"):
+        shutil.copytree(ROOT / part, f"main/{part}", ignore=shutil.ignore_patterns("notes", "micro", "__pycache__"))
+    shutil.copy(ROOT / "eval_prx.py", "main")
+    Path("main/train_prx.py").write_text(renamed((ROOT / "train_prx.py").read_text()))
+    again = (f"import sys; sys.path.insert(0, 'main'); from pathlib import Path; from records import record; "
+             f"print(record.rerun(Path({str(folder)!r}), 1, Path('shards/micro')))")
+    assert "they agree to the bit" in execute(shlex.join([sys.executable, "-c", again]))
+    assert json.loads((folder / "rerun.json").read_text())["accuracy"] > 0
 
 
 def test_photographs_by_the_readmes_commands_and_those_that_they_show(in_tmp):

@@ -188,11 +188,17 @@ def test_forgeries_are_refused_with_their_reason(packed, name, capsys):
 
 @pytest.mark.parametrize("line, says", [
     ("from data import scenes", "imports data of the repository"), ("import train_prx", "imports train_prx"),
-    ("def broken(:", "is no Python"), ("x = '" + "A" * 500 + "'", "nobody can read it")])
+    ("x = open('/etc/passwd').read()", "names /etc/passwd, which is not its data"),
+    ("x = open('../../data/networks/a').read()", "which is not its data"), ("def broken(:", "is no Python"), ("x = '" + "A" * 500 + "'", "nobody can read it")])
 def test_a_script_that_needs_the_repository_or_cannot_be_read_is_refused(tmp_path, line, says):
     (tmp_path / "train_prx.py").write_text(line + "\n")
     sha = hashlib.sha256((line + "\n").encode()).hexdigest()
     assert says in R.check_script(tmp_path, sha)[0]
+
+
+def test_the_trainer_itself_is_a_script_that_a_record_may_hold(tmp_path):
+    shutil.copy(R.ROOT / "train_prx.py", tmp_path)
+    assert R.check_script(tmp_path, R.file_sha256(tmp_path / "train_prx.py")) == []
 
 
 def test_what_does_not_pass_is_not_a_record(race, tmp_path, monkeypatch):
