@@ -8,7 +8,7 @@
 It needs nothing of its repository but prepared shards (data/README.md). A run lies in logs/NAME, its weights, for
 diffusers' PRXTransformer2DModel, in transformer/; `python eval_prx.py logs/NAME` measures it. Model: PRX (Photoroom).
 
-Best record: `micro`, 96.28 % prompt accuracy (protocol 1, 3 seeds) in 60 seconds on 2 CPU cores: records/README.md.
+Best record: `micro`, 95 % prompt accuracy in 38 seconds on 2 CPU cores (records/micro/2026-11-26_lean).
 """
 
 import argparse

@@ -189,6 +189,8 @@ def pack(args):
         for seed in seeds:
             shutil.copytree(args.race / side / f"logs/seed{seed}", target / f"seed{seed}",
                             ignore=lambda folder, names: set(names) - set(FILES))
+            if (scores := target / f"seed{seed}/scores.json").exists():  # what verify needs of it
+                scores.write_text(json.dumps(dict(eval=dict(accuracy=read_json(scores)["eval"]["accuracy"]))))
     a, b = ([outcome(args.race / side / f"logs/seed{seed}") for seed in seeds] for side in "ab")
     diff = subprocess.run(["git", "diff", "--no-index", "--shortstat", folder / "baseline/train_prx.py",
                            folder / "train_prx.py"], capture_output=True, text=True).stdout.strip()
@@ -292,7 +294,8 @@ def check_run(run: Path, side: Path, claimed: dict) -> list[str]:
     need(about["seed"] == claimed["seed"], f"run.json has seed {about['seed']}")
     need(about["track"] == "micro" and [d["sha256"] for d in about["data"]] == [DATA],
          "it was trained on other data than the track's")
-    need("compile cache: 0 files at the start" in log or "compile cache" not in log, "the compile cache was not empty")
+    said = log.rpartition("--- end of source")[2]
+    need("compile cache: 0 files" in said or "compile cache" not in said, "the compile cache was not empty")
     need(not any(r.get("event") in ("resume", "stopped") for r in records), "it was stopped and resumed")
 
     end = [r for r in records if r.get("event") == "finished"]
@@ -338,11 +341,8 @@ def rerun(folder: Path, seed: int, data: Path) -> str:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     shutil.copy(folder / "train_prx.py", scratch)
-    flags = shlex.split(read_json(folder / f"seed{seed}/run.json")["command"])[1:]
-    for name in ("--track", "--data", "--seed", "--name"):
-        if name in flags:
-            del flags[flags.index(name):flags.index(name) + 2]
-    train_one(scratch, flags, record["track"], data.resolve(), seed)
+    flags = re.sub(r"--(track|data|seed|name) \S+", "", read_json(folder / f"seed{seed}/run.json")["command"])
+    train_one(scratch, shlex.split(flags)[1:], record["track"], data.resolve(), seed)
     judge_one(scratch, seed)
     here, claimed = outcome(scratch / f"logs/seed{seed}"), record["runs"][seed]
     before, after = ([x for r in read_lines(path / f"seed{seed}/metrics.jsonl") for x in r.get("losses", [])]

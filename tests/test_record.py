@@ -12,7 +12,7 @@ from data import scenes
 from data.shards import save_grid
 from records import record as R
 
-SOURCE = "import torch\n\nprint('a trainer')\n"
+SOURCE = "import torch\n\nprint('a trainer with a compile cache')\n"
 
 
 def write_run(folder, source: str, seed: int, seconds: float, wrong: int):

@@ -40,6 +40,8 @@ def test_every_record_has_a_readme_that_names_its_commit_and_hardware():
         text = (folder / "README.md").read_text()
         assert re.search(r"commit\W+\*\*[0-9a-f]{7,40}\*\*", text), folder
         assert "cores of" in text or "GPU" in text, folder
+        if (folder / "record.json").exists():  # records/record.py verifies it
+            continue
         cited = re.findall(r"^\| `([\w-]+)` \|", text, re.M)
         runs = {re.sub(r"-seed\d+$", "", p.name) for p in folder.iterdir() if p.is_dir()}
         assert runs == set(cited), f"{folder}: a run that no table cites, or the reverse"
@@ -72,7 +74,7 @@ def test_figures_of_the_leaderboard_are_those_of_the_runs():
 def test_the_leaderboard_keeps_the_protocols_apart():
     text = (ROOT / "records/README.md").read_text()
     new, old = text.index("### Protocol 2"), text.index("### Protocol 1 (closed)")
-    assert new < old and "No record has been made under protocol 2" in text[new:old] and "96.28 ± 0.47 %" in text[old:]
+    assert new < old and "2026-11-26_lean" in text[new:old] and "96.28 ± 0.47 %" in text[old:]
     assert "1,100" in text and T.TRACKS["micro"][0].steps == 1100
 
 
