@@ -935,8 +935,8 @@ image = pipeline({prompt!r}, {size},
 image.save('image.png')
 ```
 {lower}The time grid is the trainer's; checked at export with 4 steps and the same noise: {check}.
-Without `timesteps`, `num_inference_steps` gives diffusers' own grid. Give one prompt at a time, for one image each: with
-guidance, diffusers 0.42.1 fails on more (its time has the size of half of the batch).
+Without `timesteps`, `num_inference_steps` gives diffusers' own grid.
+Give one prompt at a time, for one image each: with guidance, diffusers 0.42.1 fails on more.
 
 ## Metrics
 {metrics}

@@ -521,6 +521,10 @@ def test_a_folder_against_saved_statistics(folders, tiny, capsys):
 def test_any_image_format(tmp_path, suffix):
     image = torch.full((3, 20, 30), 200, dtype=torch.uint8)
     as_pil(image).save(tmp_path / f"a.{suffix}")
+    if suffix == "gif":  # listed, so that it is refused and not passed over
+        with pytest.raises(UserError, match="not a JPEG, PNG, WebP or BMP image"):
+            eval_prx.load_images([tmp_path / "a.gif"])
+        return
     (found,) = eval_prx.load_images([tmp_path / f"a.{suffix}"])
     assert (found.int() - 200).abs().max() <= 3
 

@@ -26,17 +26,21 @@ def result(tmp_path_factory):
     return json.loads(out.read_text())
 
 
-@pytest.fixture(scope="session")  # its group has other modules' tests between these
+TOGETHER = {}  # not a fixture's: pytest-xdist may tear one down between two tests
+
+
+@pytest.fixture
 def ranks(tmp_path_factory):
-    """All parts of --ranks, on two."""
-    out = tmp_path_factory.mktemp("ranks") / "check.json"
-    done = shell(*torchrun(2), ROOT / "records/gpu_check.py", "--ranks", "--tiny", "--out", out, timeout=560)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert out.stat().st_size < 1 << 20 and f"wrote {out}" in done.stdout
-    result = json.loads(out.read_text())
-    assert "cut_short" not in result and not any("failed" in part for part in result["parts"].values()), result
-    assert list(result["parts"]) == [*gpu_check.TOGETHER, *gpu_check.FAULTS] == list(result["seconds"])
-    return result["parts"]
+    """All parts of --ranks, on two, once."""
+    if not TOGETHER:
+        out = tmp_path_factory.mktemp("ranks") / "check.json"
+        done = shell(*torchrun(2), ROOT / "records/gpu_check.py", "--ranks", "--tiny", "--out", out, timeout=560)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert out.stat().st_size < 1 << 20 and f"wrote {out}" in done.stdout
+        TOGETHER.update(json.loads(out.read_text()))
+    assert "cut_short" not in TOGETHER and not any("failed" in part for part in TOGETHER["parts"].values()), TOGETHER
+    assert list(TOGETHER["parts"]) == [*gpu_check.TOGETHER, *gpu_check.FAULTS] == list(TOGETHER["seconds"])
+    return TOGETHER["parts"]
 
 
 # --- one GPU
