@@ -3,8 +3,7 @@
     python records/record.py new mine                            # work/mine/train_prx.py, to edit
     python records/record.py race train_prx.py work/mine/train_prx.py --out work/race      # five seeds, in turns
     python records/record.py pack work/race --name mine --author you     # records/micro/DATE_mine, baseline beside it
-    python records/record.py verify records/micro/*_mine         # recomputes everything, executes nothing ...
-    python records/record.py verify records/micro/*_mine --rerun 3   # ... but this, which repeats seed 3
+    python records/record.py verify records/micro/*_mine --rerun 3   # recomputes everything; then repeats seed 3
     python records/record.py table                               # writes the leaderboard from what verifies
 
 A race runs A (the baseline) and B in turns on this machine, seed by seed, and goes on where it was stopped. A record is
@@ -38,15 +37,13 @@ from data import scenes  # noqa: E402
 from data.shards import UserError, command, file_sha256, write_json  # noqa: E402
 
 SEEDS = 5  # at least, numbered from 0
-TARGET, LEVEL = 0.95, 0.01  # micro: prompt accuracy, and p of both tests
-FASTER = 0.98  # a new record's mean time over its baseline's, at most
+TARGET, LEVEL, FASTER = 0.95, 0.01, 0.98  # micro: prompt accuracy; p of both tests; most of the baseline's mean time
 FILES = ("log.txt", "metrics.jsonl", "metrics.json", "scores.json", "run.json", "samples.png")  # of each run
 TOP = ("record.json", "README.md", "train_prx.py", "rerun.json")
 LARGEST = 300 << 10  # bytes of a file
 SYSTEM = "/proc/self/stat", "/proc/cpuinfo"  # what the trainer reads beside its data
 LOCAL = ("data", "eval_prx", "records", "tests", "train_prx")  # modules that a record's script must not import
-DATA = "bdfb4862c633a39caaa7e07fd831f14337b5e7aa2c49c8fb869ed26566e653ab"  # sha256 of shards/micro/index.json
-PROMPTS = 2000
+PROMPTS, DATA = 2000, "bdfb4862c633a39caaa7e07fd831f14337b5e7aa2c49c8fb869ed26566e653ab"  # of shards/micro/index.json
 BOARD = "<!-- leaderboard: written by records/record.py table -->"
 
 
@@ -191,12 +188,15 @@ def pack(args):
                             ignore=lambda folder, names: set(names) - set(FILES))
             if (scores := target / f"seed{seed}/scores.json").exists():  # what verify needs of it
                 scores.write_text(json.dumps(dict(eval=dict(accuracy=read_json(scores)["eval"]["accuracy"]))))
+    for path in [*folder.rglob("log.txt"), *folder.rglob("run.json")]:  # no path of this machine goes along
+        text = path.read_text().replace(about["data"][0]["folder"], f"shards/{about['track']}")
+        path.write_text(text.replace(sys.executable, "python"))
     a, b = ([outcome(args.race / side / f"logs/seed{seed}") for seed in seeds] for side in "ab")
     diff = subprocess.run(["git", "diff", "--no-index", "--shortstat", folder / "baseline/train_prx.py",
                            folder / "train_prx.py"], capture_output=True, text=True).stdout.strip()
     write_json(folder / "record.json", dict(
         format=1, track=about["track"], name=args.name, authors=args.author, diff=diff, machine=about["machine"],
-        source_sha256=file_sha256(folder / "train_prx.py"), world_size=about["world_size"], data=about["data"],
+        source_sha256=file_sha256(folder / "train_prx.py"), world_size=about["world_size"], data=DATA,
         baseline_sha256=file_sha256(folder / "baseline/train_prx.py"), parameters=about["parameters"], runs=b,
         baseline_runs=a))
     (folder / "README.md").write_text(
