@@ -385,15 +385,15 @@ def table(records: Path) -> tuple[str, list[dict]]:
                      f"{t['accuracy']:.2%} ± {t['accuracy_sd']:.2%} | {t['worst']:.2%} | {t['n']} | "
                      f"{t['p_accuracy']:.2g} | {faster} | {r['rerun']['agrees']} | {r['machine']['cpus']} cores, "
                      f"{r['machine']['cpu']} |")
-    return "\n".join(lines if rows else ["No record has been made under protocol 2."]), rows
+    picture = ["", "![Seconds to the target, by date](history.png)"]
+    return "\n".join(lines + picture if rows else ["No record has been made under protocol 2."]), rows
 
 
 def write_table(args):
     """The leaderboard into records/README.md, and history.png: time against date, a line for each kind of processor."""
     from matplotlib.figure import Figure
 
-    records = ROOT / "records"
-    page, (text, rows) = records / "README.md", table(records)
+    page, (text, rows) = ROOT / "records/README.md", table(ROOT / "records")
     before, after = page.read_text().split(BOARD)[0], page.read_text().split("<!-- end -->")[1]
     page.write_text(f"{before}{BOARD}\n{text}\n<!-- end -->{after}")
     axes = (figure := Figure(figsize=(7, 3.5), layout="constrained")).subplots()
@@ -403,7 +403,7 @@ def write_table(args):
         axes.plot(*zip(*points), "o-", label=cpu)
         axes.legend()
     if rows:
-        figure.savefig(records / "history.png", metadata=dict(Software=None))
+        figure.savefig(page.with_name("history.png"), metadata=dict(Software=None))
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
