@@ -18,8 +18,10 @@ import datetime
 import fcntl
 import gc
 import hashlib
+import heapq
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
@@ -67,10 +69,9 @@ class TrainingFailed(Exception):
     everywhere = True
 
 
-class LostPeers(TrainingFailed):
-    """Another rank is gone."""
-
-    everywhere = False
+def need(holds, sentence: str):
+    if not holds:
+        raise UserError(sentence)
 
 
 def first_line(error: Exception) -> str:
@@ -238,8 +239,7 @@ def parse_args(argv: list[str]) -> tuple[Config, list[Stage]]:
 
     config, stages = TRACKS[flags.get("track", "24h")]
     lengths = flags.get("steps"), flags.get("hours")
-    if all(lengths):
-        raise UserError("--steps and --hours both give the length; give one of them")
+    need(not all(lengths), "--steps and --hours both give the length; give one of them")
     if any(lengths):
         flags = dict(steps=0, hours=0.0) | flags
     vae = flags.get("vae", config.vae)
@@ -261,17 +261,16 @@ def parse_args(argv: list[str]) -> tuple[Config, list[Stage]]:
     if "sft" in stages:
         stages["sft"].knobs["data"] = sft
     wanted = list(stages) if config.stages == "all" else config.stages.split(",")
-    if unknown := set(wanted) - set(stages):
-        raise UserError(f"--stages {','.join(sorted(unknown))} is unknown; this run has {','.join(stages)} "
-                        "(sft needs --sft-data)")
+    unknown = ",".join(name for name in wanted if name not in stages)
+    need(not unknown, f"--stages {unknown} is unknown; this run has {','.join(stages)} (sft needs --sft-data)")
     chosen = [stage for stage in stages.values() if stage.name in wanted]
     World().refuse([p for stage in chosen for p in problems_in(stage.config(config))])
     return config, chosen
 
 
 def data_folders(data: str) -> list[tuple[str, float]]:
-    """A:0.7,B:0.3 -> [("A", 0.7), ("B", 0.3)]; without a weight it is 1. A folder that exists is taken by its name, a
-    colon or commas in it included."""
+    """A:0.7,B:0.3 -> [("A", 0.7), ("B", 0.3)]; without a weight it is 1. A folder that exists is
+    taken by its name, a colon or commas in it included."""
     def entry(text):
         match = re.fullmatch(r"(.+):(\d*\.?\d+)", text)
         return (match[1], float(match[2])) if match and not Path(text).exists() else (text, 1.0)
@@ -282,8 +281,8 @@ def data_folders(data: str) -> list[tuple[str, float]]:
         longest = max((n for n, (folder, _) in enumerate(entries) if Path(folder).exists()), default=0)
         folders.append(entries[longest])
         pieces = pieces[longest + 1:]
-    if not all(folder and weight for folder, weight in folders):
-        raise UserError(f"--data {data} is no list of folders with positive weights such as A or A:0.7,B:0.3")
+    need(all(folder and weight for folder, weight in folders),
+         f"--data {data} is no list of folders with positive weights such as A or A:0.7,B:0.3")
     return folders
 
 
@@ -295,47 +294,38 @@ def routed_blocks(c: Config) -> tuple[int, int]:
 
 def problems_in(c: Config) -> list[str]:
     """A sentence for everything that cannot work, before anything is loaded."""
-    problems = []
-
-    def need(holds, sentence: str):
-        if not holds:
-            problems.append(sentence)
-
     positive = ("batch accumulate resolution hidden depth heads mlp_ratio patch text_tokens shift lr lr_adamw eps "
                 "ns_steps sample_steps checkpoint_minutes")
     amounts = "steps hours stop_after bottleneck samples contrastive repa repa_layer pdino weight_decay clip"
-    for rule, fits, names in [
+    rules = [
         ("must be positive", lambda x: 0 < x < math.inf, positive),
         ("must not be negative", lambda x: 0 <= x < math.inf, amounts),
         ("must lie in 0 to 1", lambda x: 0 <= x <= 1, "caption_dropout warmup decay_from repa_until"),
         ("must be at least 0 and less than 1", lambda x: 0 <= x < 1, "momentum ema tread sprint"),
         ("must lie in 0 to 2^63 - 1", lambda x: 0 <= x < 2 ** 63, "seed"),
-    ]:
-        for name in names.split():
-            need(fits(getattr(c, name)), f"{flag(name)} {getattr(c, name)} {rule}")
-    blocks = f"--tread-blocks {c.tread_blocks}"
-    need(re.fullmatch(r"\d+-\d+", c.tread_blocks), f"{blocks} must name a first and a last block, such as 2-12")
+        ("must name a first and a last block, such as 2-12", lambda x: re.fullmatch(r"\d+-\d+", x), "tread_blocks"),
+        ("is unknown; use long, short or mix:0.3",
+         lambda x: re.fullmatch(r"long|short|mix:(0(\.\d+)?|1(\.0+)?)", x), "captions"),
+        ("must be a plain folder name (letters, digits, . _ -)", lambda x: re.fullmatch(r"\.*[\w-][\w.-]*", x), "name")]
+    problems = [f"{flag(name)} {getattr(c, name)} {rule}" for rule, fits, names in rules for name in names.split()
+                if not fits(getattr(c, name))]
     if problems:
         return problems
-
-    need(c.steps or c.hours, "the run has no length; give --steps or --hours")
-    need(c.warmup <= c.decay_from, f"--warmup {c.warmup} ends after --decay-from {c.decay_from} begins; lower one")
-    need(c.hidden % (4 * c.heads) == 0, f"--hidden {c.hidden} over --heads {c.heads} must be a multiple of 4")
-    need(c.batch % c.accumulate == 0, f"--batch {c.batch} cannot be cut into --accumulate {c.accumulate} parts")
-    need(re.fullmatch(r"long|short|mix:(0(\.\d+)?|1(\.0+)?)", c.captions),
-         f"--captions {c.captions} is unknown; use long, short or mix:0.3")
-    need(not c.pdino or c.vae == "none", "--pdino compares pixels; give --vae none")
-    layer = f"--repa-layer {c.repa_layer}"
-    need(not c.repa or c.repa_layer < c.depth, f"{layer} must be one of 0 to {c.depth - 1}")
-    need(not (c.tread and c.sprint), "--tread and --sprint both route tokens; choose one")
-    if c.tread or c.sprint:
-        first, end = routed_blocks(c)
-        need(first < end <= c.depth, f"{blocks} must lie in 0 to {c.depth - 1}")
-        sees_all = c.repa_layer not in range(first, end)
-        need(not c.repa or c.repa_kind == "repa" or sees_all, f"{layer} must see all tokens for irepa; change {blocks}")
-    need(re.fullmatch(r"\.*[\w-][\w.-]*", c.name),
-         f"--name {c.name!r} must be a plain folder name (letters, digits, . _ -)")
-    return problems
+    first, end = routed_blocks(c)
+    blocks, layer = f"--tread-blocks {c.tread_blocks}", f"--repa-layer {c.repa_layer}"
+    routed, sees_all = c.tread or c.sprint, c.repa_layer not in range(first, end)
+    return [sentence for holds, sentence in [
+        (c.steps or c.hours, "the run has no length; give --steps or --hours"),
+        (c.warmup <= c.decay_from, f"--warmup {c.warmup} ends after --decay-from {c.decay_from} begins; lower one"),
+        (c.hidden % (4 * c.heads) == 0, f"--hidden {c.hidden} over --heads {c.heads} must be a multiple of 4"),
+        (c.batch % c.accumulate == 0, f"--batch {c.batch} cannot be cut into --accumulate {c.accumulate} parts"),
+        (not c.pdino or c.vae == "none", "--pdino compares pixels; give --vae none"),
+        (not c.repa or c.repa_layer < c.depth, f"{layer} must be one of 0 to {c.depth - 1}"),
+        (not (c.tread and c.sprint), "--tread and --sprint both route tokens; choose one"),
+        (not routed or first < end <= c.depth, f"{blocks} must lie in 0 to {c.depth - 1}"),
+        (not routed or not c.repa or c.repa_kind == "repa" or sees_all,
+         f"{layer} must see all tokens for irepa; change {blocks}"),
+    ] if not holds]
 
 
 # ========================================================================================
@@ -364,11 +354,7 @@ class World:
         if self.control is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        try:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
-        except RuntimeError as error:
-            raise LostPeers(f"lost its peers ({first_line(error)}); the last checkpoint stands, and the same "
-                            "command goes on from it") from None
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
     def gather(self, value) -> list:
@@ -386,8 +372,8 @@ class World:
             raise error
 
     def first(self, work) -> str:
-        """Rank 0 works, the others wait on the store: no collective, so that a slow disk ends no group. Returns what
-        was in the way (an OSError), or nothing."""
+        """Rank 0 works, the others wait on the store: no collective, so that a slow disk ends no
+        group. Returns what was in the way (an OSError), or nothing."""
         self.turns += 1
         key, failure = f"turn-{self.turns}", ""
         if self.rank == 0:
@@ -406,8 +392,8 @@ def connect() -> World:
     env, device = os.environ, torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(env.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"this machine has {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+        count = torch.cuda.device_count()
+        need(device.index < count, f"this machine has {count} GPUs; lower --nproc_per_node")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False  # FP32 means FP32
     if int(env.get("WORLD_SIZE", 1)) == 1:
@@ -427,8 +413,9 @@ def connect() -> World:
 
 
 def watch_signals(world: World):
-    """SIGTERM and SIGINT ask for a checkpoint and the end. A repeat changes nothing: torchrun and Slurm both forward
-    signals, so they come twice. Ctrl-C more than three seconds after the first signal ends the process at once."""
+    """SIGTERM and SIGINT ask for a checkpoint and the end. A repeat changes nothing: torchrun and
+    Slurm both forward signals, so they come twice. Ctrl-C more than three seconds after the first
+    signal ends the process at once."""
     began = None
 
     def note(number, _):
@@ -484,38 +471,6 @@ class Log:
             print(json.dumps(record), file=self.metrics, flush=True)
 
 
-class Heartbeat:
-    """Collects scalars on the device; every few seconds reads them at once and writes them down."""
-
-    EVERY = 5.0  # seconds
-
-    def __init__(self, log: Log, world: World, now: float):
-        self.log, self.world, self.last = log, world, now
-        self.pending, self.shown = [], 0  # (loss, loss by time, gradient norm, progress) of each step
-
-    def beat(self, now: float, images: int, flops: float, **record):
-        """images: per step, of all ranks. flops: of a training step per image. record: what else is written."""
-        losses, by_time, norms, progresses = zip(*self.pending)
-        losses, by_time, ranks = torch.stack(losses), torch.stack(by_time).sum(0), self.world.size
-        if ranks > 1:
-            dist.all_reduce(losses)
-            dist.all_reduce(by_time)
-        losses, (error, count) = (losses / ranks).tolist(), by_time.cpu()
-        loss, progress = float(np.mean(losses)), progresses[-1]
-        rate = images * len(losses) / max(now - self.last, 1e-3)
-        self.log.write(progress=progress, elapsed=now, loss=loss, losses=losses, progresses=progresses,
-                       grad_norm=torch.stack(norms).mean().item(), images_per_s=rate, cpu_s=time.process_time(),
-                       loss_by_time=(error / count.clamp(min=1)).tolist(), **record)
-        speed = f"{rate:,.0f} images/s"
-        if self.world.device.type == "cuda":
-            speed += f"  MFU {flops * rate / ranks / PEAK_FLOPS:.1%}"
-        left = now * (1 / progress - 1) if progress else 0.0
-        twentieth = int(progress * 20)
-        self.log(f"step {record['step']:6d}  {progress:6.1%}  loss {loss:.4f}  {speed}  {now:.0f} s, {left:.0f} s left",
-                 show=twentieth > self.shown, live=True)
-        self.last, self.pending, self.shown = now, [], twentieth
-
-
 def read_metrics(run: Path) -> list[dict]:
     """The records of metrics.jsonl; a line that a crash cut short is passed over."""
     path, records = run / "metrics.jsonl", []
@@ -551,11 +506,6 @@ class Linear(nn.Linear):
         dtype = self.weight.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(x.to(dtype), self.weight, bias)
-
-
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x):  # (..., dim) -> FP32
-        return super().forward(x.float())
 
 
 def modulate(x, shift, scale):
@@ -594,32 +544,23 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.img_qkv_proj = Linear(dim, 3 * dim, bias=False)
-        self.norm_q = RMSNorm(dim // heads, eps=1e-6)
-        self.norm_k = RMSNorm(dim // heads, eps=1e-6)
+        self.norm_q = nn.RMSNorm(dim // heads, eps=1e-6)
+        self.norm_k = nn.RMSNorm(dim // heads, eps=1e-6)
         self.txt_kv_proj = Linear(dim, 2 * dim, bias=False)
-        self.norm_added_k = RMSNorm(dim // heads, eps=1e-6)
+        self.norm_added_k = nn.RMSNorm(dim // heads, eps=1e-6)
         self.to_out = nn.ModuleList([Linear(dim, dim, bias=False)])
 
     def forward(self, x, text, rope, mask):
         split = lambda y, n: y.unflatten(-1, (n, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = split(self.img_qkv_proj(x), 3)  # (B, H, N, d) each
         text_k, text_v = split(self.txt_kv_proj(text), 2)  # (B, H, T, d) each
-        q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)
-        k = torch.cat([self.norm_added_k(text_k), k], 2)  # (B, H, T + N, d)
+        q, k = rotate(self.norm_q(q.float()), rope), rotate(self.norm_k(k.float()), rope)
+        k = torch.cat([self.norm_added_k(text_k.float()), k], 2)  # (B, H, T + N, d)
         v = torch.cat([text_v, v], 2)
         q, k, v = q.to(mask.dtype), k.to(mask.dtype), v.to(mask.dtype)
         with sdpa_kernel(BACKENDS, set_priority=True):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
-
-
-class Modulation(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.lin = Linear(dim, 6 * dim)
-
-    def forward(self, vec):  # (B, D) -> six of (B, 1, D) in FP32
-        return self.lin(F.silu(vec)).float()[:, None].chunk(6, -1)
 
 
 class Block(nn.Module):
@@ -630,11 +571,11 @@ class Block(nn.Module):
         self.gate_proj = Linear(dim, wide, bias=False)
         self.up_proj = Linear(dim, wide, bias=False)
         self.down_proj = Linear(wide, dim, bias=False)
-        self.modulation = Modulation(dim)
+        self.modulation = nn.Sequential(collections.OrderedDict(silu=nn.SiLU(), lin=Linear(dim, 6 * dim)))
 
     def forward(self, x, text, vec, rope, mask):
         """x (B, N, D), text (B, T, D), time vec (B, D), additive mask (B, 1, 1, T + N) -> (B, N, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(vec)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(vec).float()[:, None].chunk(6, -1)
         h = self.attention(modulate(x, shift1, scale1), text, rope, mask)
         x = x + (gate1 * h).to(x.dtype)
         h = self.mlp(modulate(x, shift2, scale2))
@@ -656,18 +597,15 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, shift, scale)).float()
 
 
-def take(h, index):
-    """Tokens by number: h (B, N, D), index (B, K) -> (B, K, D)."""
-    return h.gather(1, index[..., None].expand(-1, -1, h.shape[-1]))
-
-
 class PRX(nn.Module):
-    """x_t (B, C, H, W), t (B,) in (0, 1], text (B, T, context_in_dim) and its mask (B, T) bool in, x_0 or velocity out.
-    With `tap`, the output of that block comes along, and which tokens it holds (None: all).
+    """x_t (B, C, H, W), t (B,) in (0, 1], text (B, T, context_in_dim) and its mask (B, T) bool in,
+    x_0 or velocity out. With `tap`, the output of that block comes along, and which tokens it holds
+    (None: all).
 
-    Routing: the blocks of the span, less its end, see the tokens `keep` (B, K), or the K that the scorer likes best.
-    TREAD puts the others back as they were. SPRINT, also when all tokens are kept, fuses the tokens before the span
-    with those after it, where a learned token stands for the others.
+    Routing: the blocks of the span, less its end, see the tokens `keep` (B, K), or the K that the
+    scorer likes best. TREAD puts the others back as they were. SPRINT, also when all tokens are
+    kept, fuses the tokens before the span with those after it, where a learned token stands for the
+    others.
     """
 
     DEFAULTS = dict(  # diffusers' config.json
@@ -733,9 +671,10 @@ class PRX(nn.Module):
             kept, gate = self.choose(h, keep)
             kept_rope = [table[kept][:, None] for table in rope]
             kept_mask = mask[..., :text.shape[1] + kept.shape[1]]
-            h = run(take(h, kept), first, end, kept_rope, kept_mask, kept)  # (B, K, D)
+            some = kept[..., None].expand(-1, -1, h.shape[2])  # (B, K, D)
+            h = run(h.gather(1, some), first, end, kept_rope, kept_mask, kept)
             rest = dense if self.fuse is None else self.skipped_token.to(h.dtype).expand_as(dense)
-            h = rest.scatter(1, kept[..., None].expand_as(h), h * gate.to(h.dtype))
+            h = rest.scatter(1, some, h * gate.to(h.dtype))
         if self.fuse is not None:
             h = self.fuse(torch.cat([dense, h], -1))
         h = self.final_layer(run(h, end, len(self.blocks), rope, mask), vec)  # (B, N, C p p)
@@ -743,13 +682,14 @@ class PRX(nn.Module):
         return (out, *taps) if taps else out
 
     def choose(self, h, keep):
-        """Which tokens go on (B, K), and a factor for each (B, K, 1), through which the scorer learns: its gradient is
-        the score's sigmoid's (arXiv 2404.02258), its value 1, so that sampling with all tokens is no other model."""
+        """Which tokens go on (B, K), and a factor for each (B, K, 1), through which the scorer
+        learns: its gradient is the score's sigmoid's (arXiv 2404.02258), its value 1, so that
+        sampling with all tokens is no other model."""
         if self.scorer is None:
             return keep, torch.ones(1, 1, 1, device=h.device)
         score = self.scorer(h).float()  # (B, N, 1)
         kept = score[..., 0].topk(keep.shape[1], 1).indices.sort(1).values
-        weight = take(score, kept).sigmoid()
+        weight = score.gather(1, kept[..., None]).sigmoid()
         return kept, 1 + weight - weight.detach()
 
 
@@ -777,8 +717,8 @@ def set_compute_dtype(module: nn.Module, dtype: torch.dtype):
 
 
 def flops_per_image(config: dict, tokens: int, text_tokens: int, kept: int = 0, span=(0, 0)) -> float:
-    """Matrix products of one image's forward pass, a third of a training step's, less the time embedding's. The span's
-    blocks see `kept` tokens."""
+    """Matrix products of one image's forward pass, a third of a training step's, less the time
+    embedding's. The span's blocks see `kept` tokens."""
     d, patch = config["hidden_size"], config["in_channels"] * config["patch_size"] ** 2
     routed = span[1] - span[0] if kept else 0
 
@@ -837,11 +777,11 @@ def route(n: int, tokens: int, skipped: float, generator):
 
 
 def flow_matching_loss(model, x_0, eps, t, text, mask, c: Config, keep=None, tap=None):
-    """Mean squared error in v-space, x_t = (1 - t) x_0 + t eps. Returns what to minimise (B,), the plain loss (B,), the
-    estimate of x_0 and the tap.
+    """Mean squared error in v-space, x_t = (1 - t) x_0 + t eps. Returns what to minimise (B,), the
+    plain loss (B,), the estimate of x_0 and the tap.
 
-    Contrastive (arXiv 2506.05350): less `contrastive` times the error to the target of the next in a group of eight, so
-    that negatives depend neither on the ranks nor on the micro-batches.
+    Contrastive (arXiv 2506.05350): less `contrastive` times the error to the target of the next in
+    a group of eight, so that negatives depend neither on the ranks nor on the micro-batches.
     """
     time_ = t[:, None, None, None]
     x_t = (1 - time_) * x_0 + time_ * eps
@@ -858,11 +798,12 @@ def flow_matching_loss(model, x_0, eps, t, text, mask, c: Config, keep=None, tap
 
 
 class Alignment(nn.Module):
-    """REPA (arXiv 2410.06940): minus the mean cosine similarity (B,) of a block's tokens (B, K, D), projected, and a
-    teacher's features (B, N, F); kept (B, K) are the tokens' numbers, None: all.
+    """REPA (arXiv 2410.06940): minus the mean cosine similarity (B,) of a block's tokens (B, K, D),
+    projected, and a teacher's features (B, N, F); kept (B, K) are the tokens' numbers, None: all.
 
-    iREPA (arXiv 2512.10794): a 3x3 convolution on the grid of rows x columns instead of the MLP, and features without
-    most of what all tokens share: (f - gamma mean) / deviation over the tokens.
+    iREPA (arXiv 2512.10794): a 3x3 convolution on the grid of rows x columns instead of the MLP,
+    and features without most of what all tokens share: (f - gamma mean) / deviation over the
+    tokens.
     """
 
     GAMMA = 0.8  # a guess: the paper leaves it open; PRX's framework takes it from the features
@@ -882,13 +823,13 @@ class Alignment(nn.Module):
             deviation = features.std(1, keepdim=True) + 1e-6
             features = (features - self.GAMMA * features.mean(1, True)) / deviation
         if kept is not None:
-            features = take(features, kept)
+            features = features.take_along_dim(kept[..., None], 1)
         return -F.cosine_similarity(self.mlp(tokens).float(), features, dim=-1).mean(1)
 
 
 def perceptual_loss(teacher, x, x_0):
-    """P-DINO (PRX part 3): 1 - mean cosine similarity (B,) of the patch tokens of x and x_0 (B, 3, H, W) in [-1, 1], at
-    most 16 x 16 of them."""
+    """P-DINO (PRX part 3): 1 - mean cosine similarity (B,) of the patch tokens of x and x_0 (B, 3,
+    H, W) in [-1, 1], at most 16 x 16 of them."""
     side = [min(16, n // teacher.patch) for n in x.shape[2:]]
     with torch.no_grad():
         real = teacher(x_0, *side)
@@ -929,8 +870,9 @@ def frozen_dtype(device) -> torch.dtype:
 class VAE:
     """diffusers' AutoencoderKL (FLUX.1, REPA-E), AutoencoderDC or AutoencoderKLFlux2.
 
-    encode: uint8 (B, 3, H, W) -> FP32 (B, channels, H / factor, W / factor): the posterior's mode, normalised as
-    diffusers' pipelines undo it. decode: back to FP32 (B, 3, H, W) in [-1, 1]. `about` goes into prepared data.
+    encode: uint8 (B, 3, H, W) -> FP32 (B, channels, H / factor, W / factor): the posterior's mode,
+    normalised as diffusers' pipelines undo it. decode: back to FP32 (B, 3, H, W) in [-1, 1].
+    `about` goes into prepared data.
     """
 
     def __init__(self, name: str, device="cpu"):
@@ -978,8 +920,9 @@ class VAE:
 
 
 class TextEncoder:
-    """A Hugging Face encoder (of T5, T5Gemma, CLIP, too) or language model: last hidden states (B, max_tokens, width)
-    FP32 and their mask (B, max_tokens) bool. data/prepare.py has cleaned captions as PRXPipeline cleans its prompts."""
+    """A Hugging Face encoder (of T5, T5Gemma, CLIP, too) or language model: last hidden states (B,
+    max_tokens, width) FP32 and their mask (B, max_tokens) bool. data/prepare.py has cleaned
+    captions as PRXPipeline cleans its prompts."""
 
     def __init__(self, name: str, device="cpu", max_tokens: int = 256):
         transformers = quiet_import("transformers")
@@ -1019,8 +962,9 @@ class TextEncoder:
 
 
 class Teacher:
-    """DINOv3, or DINOv2 with or without registers. Of images FP32 (B, 3, H, W) in [-1, 1], resized so that the patches
-    are a grid of rows x columns, the patch tokens (B, rows * columns, width) FP32."""
+    """DINOv3, or DINOv2 with or without registers. Of images FP32 (B, 3, H, W) in [-1, 1], resized
+    so that the patches are a grid of rows x columns, the patch tokens (B, rows * columns, width)
+    FP32."""
 
     def __init__(self, name: str, device="cpu"):
         transformers = quiet_import("transformers")
@@ -1118,17 +1062,14 @@ def is_muon(name: str, p, c: Config) -> bool:
 
 
 class Flat:
-    """Parameters as FP32 vectors, one per rank, of those that it owns (layout), padded to the longest. grads (ranks,
-    size) are the sums of all; master and ema (size,) are this rank's."""
+    """Parameters as FP32 vectors, one per rank, of those that it owns, padded to the longest. They
+    are dealt out in turn, so that each rank gets as many of a shape. grads (ranks, size) are the
+    sums of all; master and ema (size,) are this rank's."""
 
     def __init__(self, params: dict, world: World):
         self.params, self.rank = params, world.rank
-        owner, filled = {}, [0] * world.size
-        for name in sorted(params, key=lambda n: -params[n].numel()):  # the largest first, to the emptiest
-            owner[name] = filled.index(min(filled))
-            filled[owner[name]] += params[name].numel()
-        self.layout = [[n for n in params if owner[n] == rank] for rank in range(world.size)]
-        self.size = max(filled)
+        self.layout = [list(params)[rank::world.size] for rank in range(world.size)]
+        self.size = max(sum(params[n].numel() for n in names) for names in self.layout)
         self.grads = torch.zeros(world.size, self.size, device=world.device)
         self.master = torch.zeros(self.size, device=world.device)
         for name, view in self.views(self.master).items():
@@ -1174,12 +1115,14 @@ class Flat:
 
 
 class MuonAdamW:
-    """torch.optim.Muon with match_rms_adamw (where NEWTON_SCHULZ is CLASSIC) and torch.optim.AdamW, on FP32 vectors.
+    """torch.optim.Muon with match_rms_adamw (where NEWTON_SCHULZ is CLASSIC) and torch.optim.AdamW,
+    on FP32 vectors.
 
-    One rank owns each parameter. Matrices and 1-D parameters have a vector each: Muon's matrices first, shape by shape,
-    so that a stack of them is a view. A reduce-scatter hands each owner its gradients, an all-gather hands the weights
-    back, matrices in the compute dtype. Each module has its own clipping: the model's first norms are 4, those of
-    REPA's projector 20. Build the optimizer on FP32 nets, then set their compute dtype.
+    One rank owns each parameter. Matrices and 1-D parameters have a vector each: Muon's matrices
+    first, shape by shape, so that a stack of them is a view. A reduce-scatter hands each owner its
+    gradients, an all-gather hands the weights back, matrices in the compute dtype. Each module has
+    its own clipping: the model's first norms are 4, those of REPA's projector 20. Build the
+    optimizer on FP32 nets, then set their compute dtype.
     """
 
     def __init__(self, nets: nn.ModuleDict, config: Config, world: World):
@@ -1263,8 +1206,9 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self, lr_share: float = 1.0) -> torch.Tensor:
-        """One update with both rates times lr_share. Returns the model's gradient norm before clipping, on the device.
-        A non-finite gradient changes no weight and counts in `skipped`, with no synchronisation."""
+        """One update with both rates times lr_share. Returns the model's gradient norm before
+        clipping, on the device. A non-finite gradient changes no weight and counts in `skipped`,
+        with no synchronisation."""
         c = self.config
         grads = [flat.reduced() for flat in self.flats]
         norm, good = self.clip(grads)
@@ -1354,12 +1298,11 @@ def read_index(folder: Path) -> dict:
     path, how = folder / "index.json", "data/prepare.py"
     if folder.name in ("micro", "mini"):
         how = f"`{command('data/scenes.py', '--track', folder.name, '--out', folder)}`"
-    if not path.exists():
-        raise UserError(f"--data {folder} holds no index.json; write it with {how}")
+    need(path.exists(), f"--data {folder} holds no index.json; write it with {how}")
     with explained(f"{path} is damaged", "prepare the data again"):
         index = dict(json.loads(path.read_text()))
-        if index["format"] != 2:
-            raise UserError(f"{path} has format {index['format']}, this script reads 2; prepare the data again")
+        need(index["format"] == 2,
+             f"{path} has format {index['format']}, this script reads 2; prepare the data again")
         for s in index["shards"]:
             s |= {k: int(s[k]) for k in ("count", "resolution", "height", "width")}
             s |= dict(path=folder / s["file"], split=str(s["split"]), skip=np.array(s["skip"], np.int64))
@@ -1368,10 +1311,11 @@ def read_index(folder: Path) -> dict:
 
 
 class Shards:
-    """Prepared folders of one stage, mixed by weight: memory-mapped safetensors shards of the stage's resolution. A
-    sample's id is its row among the training shards. UserError where a folder is damaged or does not fit."""
+    """Prepared folders of one stage, mixed by weight: memory-mapped safetensors shards of the
+    stage's resolution. A sample's id is its row among the training shards. UserError where a folder
+    is damaged or does not fit."""
 
-    WINDOW, CHUNK = 8192, 65536  # samples shuffled together; turns of the folders planned at once
+    WINDOW = 8192  # samples shuffled together
 
     def __init__(self, c: Config, stage: int = 0, vae: VAE | None = None):
         self.config, self.stage = c, stage
@@ -1393,8 +1337,7 @@ class Shards:
         self.ids = [np.delete(np.arange(s["count"]), s["skip"]) + n for s, n in zip(self.shards, self.first)]
         self.folders = [[i for i, s in enumerate(self.shards) if s["folder"] == f] for f in range(len(folders))]
         self.counts = [sum(len(self.ids[i]) for i in shards) for shards in self.folders]
-        if not all(self.counts):
-            raise UserError(f"{c.data} has a folder with no training image of {c.resolution} px; prepare it again")
+        need(all(self.counts), f"{c.data} has a folder with no training image of {c.resolution} px; prepare it again")
         sizes = [(s["height"], s["width"]) for s in self.shards]
         self.sizes = list(dict.fromkeys(sizes))
         self.bucket = np.repeat([self.sizes.index(size) for size in sizes], np.diff(self.first))
@@ -1402,10 +1345,6 @@ class Shards:
 
     def check(self, c: Config, vae: VAE | None):
         """Do the folders fit each other and the run? If not, UserError with both values."""
-        def need(condition, message):
-            if not condition:
-                raise UserError(message)
-
         first = self.indices[0]
         for index in self.indices:
             folder, has = index["folder"], index["captions"]
@@ -1451,9 +1390,8 @@ class Shards:
         if self.pixels:
             lengths |= {"image": n} if self.image == "raw" else {f"{self.image}.offset": n + 1}
         for key, length in lengths.items():
-            if len(tensors.get(key, ())) != length:
-                raise UserError(f"{s['path']} does not hold the {n} samples that its index promises (see {key}); "
-                                "prepare the data again")
+            need(len(tensors.get(key, ())) == length, f"{s['path']} does not hold the {n} samples that its index "
+                 f"promises (see {key}); prepare the data again")
         return tensors
 
     def ragged(self, s, row, key):
@@ -1499,25 +1437,17 @@ class Shards:
             epoch += 1
 
     def order(self):
-        """Global batches of sample ids without end, one bucket each. The folders take turns by weight; what does not
-        fill a batch of its bucket waits for the next one."""
-        streams = [self.stream(folder) for folder in range(len(self.folders))]
+        """Global batches of sample ids without end, one bucket each. The folders take turns by
+        weight; what does not fill a batch of its bucket waits for the next one."""
         waiting = [[] for _ in self.sizes]
-        start = 0
-        while True:
-            end, turns = start + self.CHUNK, []
-            for folder, weight in enumerate(self.weights):
-                share = weight / sum(self.weights)
-                numbers = range(int(start * share), int(end * share))
-                turns += [((k + 0.5) / share, folder) for k in numbers]  # when sample k is due
-            start = end
-            for _, folder in sorted(turns):
-                sample = next(streams[folder])
-                queue = waiting[self.bucket[sample]]
-                queue.append(sample)
-                if len(queue) == self.config.batch:
-                    yield np.array(queue)
-                    queue.clear()
+        turns = [zip(itertools.count(0.5 / weight, 1 / weight), self.stream(folder))  # when a sample is due, and it
+                 for folder, weight in enumerate(self.weights)]
+        for _, sample in heapq.merge(*turns, key=lambda turn: turn[0]):
+            queue = waiting[self.bucket[sample]]
+            queue.append(sample)
+            if len(queue) == self.config.batch:
+                yield np.array(queue)
+                queue.clear()
 
 
 def pack_text(texts: list, c: Config, encoder) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1551,10 +1481,12 @@ class Batch:
 
 
 class Loader:
-    """Batches of a stage from its number `skip` on, with noise and routes, on the device. Draws are made for the global
-    batch and then cut: they are the same for any number of ranks. `stall`: seconds that the trainer waited.
+    """Batches of a stage from its number `skip` on, with noise and routes, on the device. Draws are
+    made for the global batch and then cut: they are the same for any number of ranks. `stall`:
+    seconds that the trainer waited.
 
-    On CUDA threads make batches ahead, each copying its rows out of the files; on two CPU cores they would cost."""
+    On CUDA threads make batches ahead, each copying its rows out of the files; on two CPU cores
+    they would cost."""
 
     THREADS = 4
 
@@ -1621,9 +1553,11 @@ class Loader:
 
 @torch.no_grad()
 def sample(model, noise, text, mask, null_text, null_mask, *, steps: int, cfg_scale: float, shift: float, predict: str):
-    """Euler from t = 1 to 0 on a shifted linear grid, with classifier-free guidance (arXiv 2207.12598).
+    """Euler from t = 1 to 0 on a shifted linear grid, with classifier-free guidance (arXiv
+    2207.12598).
 
-    noise (B, C, H, W) FP32; text (B, T, D), mask (B, T); null_text (1, T, D), null_mask (1, T) -> (B, C, H, W).
+    noise (B, C, H, W) FP32; text (B, T, D), mask (B, T); null_text (1, T, D), null_mask (1, T) ->
+    (B, C, H, W).
     """
     x, guided = noise, cfg_scale != 1
     if guided:
@@ -1667,9 +1601,8 @@ def paint(request: Path, out: Path):
     c = Stage(**saved["stages"][-1]).config(Config(**saved["config"]))
     defaults = dict(format=1, transformer="transformer", steps=25, cfg_scale=3.0, batch=64, precision="fp32",
                     device="auto", height=c.resolution, width=c.resolution)
-    if unknown := asked.keys() - defaults.keys():
-        raise UserError(f"{request} asks for {', '.join(sorted(unknown))}, which this script does not know")
-    asked = defaults | asked
+    unknown, asked = sorted(asked.keys() - defaults.keys()), defaults | asked
+    need(not unknown, f"{request} asks for {', '.join(unknown)}, which this script does not know")
     device = asked["device"].replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     model = load_transformer(run / asked["transformer"], device)
     set_compute_dtype(model, torch.bfloat16 if asked["precision"] == "bf16" else torch.float32)
@@ -1677,8 +1610,9 @@ def paint(request: Path, out: Path):
     frozen, null = Frozen(VAE(c.vae, device) if c.vae != "none" else None), text.encode([""])
     shape = model.config["in_channels"], asked["height"] // frozen.factor, asked["width"] // frozen.factor
     cell = frozen.factor * c.patch
-    if asked["format"] != 1 or len(prompts) != len(seeds) or asked["height"] % cell or asked["width"] % cell:
-        raise UserError(f"{request} needs format 1, as many seeds as prompts and sides that are multiples of {cell} px")
+    fits = asked["height"] % cell == asked["width"] % cell == 0
+    need(asked["format"] == 1 and len(prompts) == len(seeds) and fits,
+         f"{request} needs format 1, as many seeds as prompts and sides that are multiples of {cell} px")
     images = []
     for i in range(0, len(prompts), asked["batch"]):
         part = slice(i, i + asked["batch"])
@@ -1731,68 +1665,6 @@ def load_transformer(source, device="cpu") -> PRX:
     return model.to(device)
 
 
-class Checkpoints:
-    """checkpoint/step-N/: a file of each rank with what it owns, by parameter name, and state.json with their sha256.
-    No RNG state: every draw is a function of (seed, step), the data position a number of batches.
-
-    No collective waits for a disk: each rank says on the store that its file is there, and rank 0 renames. Where one
-    cannot write (a full disk), all drop this one and training goes on. Synchronous: 14 GB over 8 ranks every 30
-    minutes are 0.3 % at 2.5 GB/s, 1.6 % at 0.5 GB/s (derived).
-    """
-
-    AGAIN = 300.0  # seconds until a failed one is tried again
-
-    def __init__(self, run: Path, world: World, log):
-        self.folder, self.world, self.log, self.written = run / "checkpoint", world, log, None
-        self.none_since = None  # seconds on the clock: the first failure since a success
-
-    def save(self, optimizer: MuonAdamW, state: dict, elapsed: float) -> bool:
-        """Every rank must call. Returns whether the step is on disk."""
-        if self.written == state["step"]:
-            return True
-        rank, final = self.world.rank, self.folder / f"step-{state['step']:08d}"
-        temporary = final.with_suffix(".tmp")
-        state = state | dict(counts=optimizer.counts(), elapsed=elapsed)
-        data = safetensors.torch.save({k: v.cpu() for k, v in optimizer.state_dict().items()})
-        said = dict(sha256=hashlib.sha256(data).hexdigest())  # of the bytes in memory
-        try:
-            write_atomically(temporary / f"rank-{rank}.safetensors", data)
-        except OSError as error:
-            said = dict(error=f"rank {rank}: {error}")
-        keys = [f"checkpoint-{self.world.turns}-{r}" for r in range(self.world.size)]
-        self.world.store.set(keys[rank], json.dumps(said))
-        failure = self.world.first(lambda: self.finish(final, temporary, keys, state))
-        if not failure:
-            self.written, self.none_since = state["step"], None
-            return True
-        self.none_since = elapsed if self.none_since is None else self.none_since
-        self.log(f"warning: checkpoint {final.name} could not be written ({failure}); the ones before it stay, "
-                 "training goes on, and it is tried again in five minutes")
-        return False
-
-    def finish(self, final: Path, temporary: Path, keys: list[str], state: dict):
-        """Rank 0: wait for all files, then give the folder its name and remove all but the last two."""
-        store, patience = self.world.store, time.monotonic() + 60
-        while late := [str(rank) for rank, key in enumerate(keys) if not store.check([key])]:
-            if time.monotonic() > patience:
-                self.log(f"checkpoint {final.name} waits for the disk of rank {', '.join(late)}")
-                patience = math.inf
-            time.sleep(0.05)
-        said = [json.loads(store.get(key)) for key in keys]
-        try:
-            if errors := [s["error"] for s in said if "error" in s]:
-                raise OSError("; ".join(errors))
-            write_json(temporary / "state.json", state | dict(sha256=[s["sha256"] for s in said]))
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(temporary, final)
-        finally:
-            for half in self.folder.glob("*.tmp"):  # this one, if it failed, and what a crash has left
-                shutil.rmtree(half, ignore_errors=True)
-        older = sorted(folder for folder in self.folder.iterdir() if folder.name < final.name)
-        for folder in older[:-1]:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint of a run, and a sentence for each one passed over."""
     notes = []
@@ -1814,8 +1686,8 @@ def load_checkpoint(folder: Path, state: dict, optimizer: MuonAdamW):
     """Fill the optimizer and the nets from a checkpoint of any number of ranks; `state` is its state.json."""
     files = [safe_open(folder / f"rank-{rank}.safetensors", "pt") for rank in range(len(state["sha256"]))]
     where = {key: file for file in files for key in file.keys()}
-    if missing := optimizer.state_dict().keys() - where.keys():
-        raise UserError(f"checkpoint {folder} has no {min(missing)}; it belongs to another model or optimizer")
+    missing = sorted(optimizer.state_dict().keys() - where.keys())
+    need(not missing, f"checkpoint {folder} lacks {', '.join(missing[:1])}; it belongs to another model or optimizer")
     optimizer.load(lambda key: where[key].get_tensor(key), state["counts"])
 
 
@@ -1823,8 +1695,8 @@ def load_checkpoint(folder: Path, state: dict, optimizer: MuonAdamW):
 # 10. Training.
 
 def training_step(nets: nn.ModuleDict, frozen: Frozen, batch: Batch, c: Config, align: bool):
-    """Forward, all losses and backward of one micro-batch. Returns its part of the plain flow-matching loss, and by
-    tenths of t the sum of losses and their number, (2, 10)."""
+    """Forward, all losses and backward of one micro-batch. Returns its part of the plain
+    flow-matching loss, and by tenths of t the sum of losses and their number, (2, 10)."""
     x_0, text = frozen.latents(batch.x), frozen.embed(batch.text, batch.mask)
     rows, columns = (n // c.patch for n in x_0.shape[2:])
     losses, plain, estimate, tapped = flow_matching_loss(
@@ -1882,8 +1754,7 @@ def find_start(config: Config, stages: list[Stage], run: Path) -> tuple:
     if not checkpoint and config.resume not in ("auto", "never"):
         run = Path(config.resume)
         checkpoint, notes = find_checkpoint(run)
-        if not checkpoint:
-            raise UserError(f"--resume {run} holds no complete checkpoint; give a run's folder such as logs/micro")
+        need(checkpoint, f"--resume {run} holds no complete checkpoint; give a run's folder such as logs/micro")
     if checkpoint:
         check_settings(run, settings(config, stages))
         state |= json.loads((checkpoint / "state.json").read_text())
@@ -1898,9 +1769,8 @@ def check_settings(run: Path, now: dict):
         then, now = (x["config"] | dict(stages=[s | dict(knobs=s["knobs"] | dict(data="")) for s in x["stages"]])
                      for x in (then, now))
     differ = [f"{flag(k)} was {then.get(k)}, now {v}" for k, v in now.items() if k not in FREE and then.get(k) != v]
-    if differ:
-        raise UserError(f"{run} was started with other settings ({'; '.join(differ)}); repeat them, or choose another "
-                        "--name")
+    need(not differ,
+         f"{run} was started with other settings ({'; '.join(differ)}); repeat them, or choose another --name")
 
 
 def open_everything(configs: list[Config], aligned: bool, world: World) -> tuple[list[Shards], Frozen]:
@@ -1939,8 +1809,9 @@ def open_everything(configs: list[Config], aligned: bool, world: World) -> tuple
 
 
 def begin_folder(folder: Path, config: Config, stages: list[Stage], fresh: bool, text: Path):
-    """The run's folder. Returns an open file that keeps other processes out, on this machine and most shared disks.
-    --resume never moves an old run aside, and what a failed start has left goes."""
+    """The run's folder. Returns an open file that keeps other processes out, on this machine and
+    most shared disks. --resume never moves an old run aside, and what a failed start has left
+    goes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = open(folder.with_name(f".{folder.name}.lock"), "w")
     try:
@@ -1971,9 +1842,8 @@ def build_nets(configs: list[Config], text_width: int, features: int, frozen: Fr
                 sprint=c.sprint > 0, scorer=routes and c.tread_select == "learned")
     nets = nn.ModuleDict(dict(model=initialize(model, c.seed)))
     if frozen.init:
-        if frozen.init.config != model.config:
-            raise UserError(f"--init {c.init} has {frozen.init.config}, this run {model.config}; give the flags that "
-                            "fit it")
+        need(frozen.init.config == model.config,
+             f"--init {c.init} has {frozen.init.config}, this run {model.config}; give the flags that fit it")
         model.load_state_dict(frozen.init.state_dict())
         frozen.init = None
     if features:
@@ -2021,7 +1891,7 @@ class Run:
         self.optimizer = None if config.dry_run and self.large else MuonAdamW(self.nets, config, world)
         bf16 = config.compute == "bf16" or config.compute == "auto" and has_fast_bf16(world.device)
         set_compute_dtype(self.nets, torch.bfloat16 if bf16 else torch.float32)
-        self.checkpoints = Checkpoints(folder, world, log)
+        self.saved, self.no_checkpoint_since = None, None  # a step; seconds on the clock
         images = ", ".join(f"{sum(d.counts):,} images of {d.config.resolution} px" for d in self.datasets)
         log(f"{config.name}: PRX {self.parameters() / 1e6:.1f} M parameters, {'BF16' if bf16 else 'FP32'} compute, "
             f"{world.size} rank(s) on {world.device.type}, {images}")
@@ -2101,8 +1971,9 @@ def compile_blocks(r: Run):
 
 
 def warm_up(r: Run) -> dict[int, tuple[float, int]]:
-    """A throw-away step of every shape of every stage to come: compiles what the run will need, and finds out of memory
-    by running out of memory. Returns per stage, on CUDA, seconds of a step without the optimizer, and peak bytes."""
+    """A throw-away step of every shape of every stage to come: compiles what the run will need, and
+    finds out of memory by running out of memory. Returns per stage, on CUDA, seconds of a step
+    without the optimizer, and peak bytes."""
     cuda, problems, broken, measured = r.world.device.type == "cuda", [], [], {}
     for stage in range(r.state["stage"], len(r.configs)):
         c, data, loader, slowest = r.configs[stage], r.datasets[stage], r.loader(stage), 0.0
@@ -2170,13 +2041,16 @@ def describe_plan(r: Run, measured: dict) -> str:
 
 # ---- the loop and what it writes -------------------------------------------------------
 
+CHECKPOINT_AGAIN = 300.0  # seconds until a failed one is tried again
+
+
 def loop(r: Run) -> tuple[float, float, float]:
     """Train until the length is reached, a signal comes or --stop-after. Returns progress, elapsed, stall."""
     config, world, state, optimizer = r.config, r.world, r.state, r.optimizer
     # Less the time to write them: a guess
     budget = max(1e-3, config.hours * 3600 - 1.0 - 2e-8 * r.parameters())
     [elapsed] = world.agree(r.clock())
-    heart, next_checkpoint = Heartbeat(r.log, world, elapsed), elapsed + config.checkpoint_minutes * 60
+    heart, next_checkpoint = Heartbeat(r, elapsed), elapsed + config.checkpoint_minutes * 60
     stage, loader, stall, next_grid = None, None, 0.0, 0
     while True:
         elapsed, number = world.agree(r.clock(), world.signal)
@@ -2207,28 +2081,111 @@ def loop(r: Run) -> tuple[float, float, float]:
 
         due = elapsed >= next_checkpoint
         if due or elapsed - heart.last >= heart.EVERY:  # a checkpoint's steps are in the log before it is written
-            heartbeat(r, heart, elapsed, batch, stall)
+            heart.beat(elapsed, batch, stall)
         if due:
-            saved = r.checkpoints.save(optimizer, state, elapsed)
-            next_checkpoint = elapsed + (config.checkpoint_minutes * 60 if saved else Checkpoints.AGAIN)
+            saved = save_checkpoint(r, elapsed)
+            next_checkpoint = elapsed + (config.checkpoint_minutes * 60 if saved else CHECKPOINT_AGAIN)
         if progress * (config.samples + 1) >= next_grid <= config.samples:
             save_samples(r, f"step-{state['step']:08d}")
             save_export(r, r.folder / "exports" / f"step-{state['step']:08d}")
             next_grid += 1
     if heart.pending:
-        heartbeat(r, heart, elapsed, batch, stall)
+        heart.beat(elapsed, batch, stall)
     return progress, elapsed, stall
 
 
-def heartbeat(r: Run, heart: Heartbeat, elapsed: float, batch: Batch, stall: float):
-    state, optimizer, c = r.state, r.optimizer, r.configs[r.state["stage"]]
-    flops = r.flops(c, batch.eps[0, 0].numel() // c.patch ** 2)
-    heart.beat(elapsed, c.batch, flops, step=state["step"], samples=state["samples"], stage=state["stage"],
-               data_stall_s=stall, skipped_steps=optimizer.skipped.item(), no_checkpoint_since=r.checkpoints.none_since)
-    if optimizer.in_a_row.item() >= 10:
-        r.checkpoints.save(optimizer, state, elapsed)
-        raise TrainingFailed(f"the norm of the gradient was not finite 10 steps in a row; step {state['step']} is "
-                             "kept; lower --lr or --lr-adamw, or look at the data")
+class Heartbeat:
+    """Collects scalars on the device; every few seconds reads them at once and writes them down."""
+
+    EVERY = 5.0  # seconds
+
+    def __init__(self, r: Run, now: float):
+        self.r, self.last = r, now
+        self.pending, self.shown = [], 0  # (loss, loss by time, gradient norm, progress) of each step
+
+    def beat(self, now: float, batch: Batch, stall: float):
+        r, state, c, ranks = self.r, self.r.state, self.r.configs[self.r.state["stage"]], self.r.world.size
+        losses, by_time, norms, progresses = zip(*self.pending)
+        losses, by_time = torch.stack(losses), torch.stack(by_time).sum(0)
+        if ranks > 1:
+            dist.all_reduce(losses)
+            dist.all_reduce(by_time)
+        losses, (error, count) = (losses / ranks).tolist(), by_time.cpu()
+        loss, progress = float(np.mean(losses)), progresses[-1]
+        rate = c.batch * len(losses) / max(now - self.last, 1e-3)
+        counted = {k: state[k] for k in ("step", "samples", "stage")}
+        r.log.write(progress=progress, elapsed=now, loss=loss, losses=losses, progresses=progresses,
+                    grad_norm=torch.stack(norms).mean().item(), images_per_s=rate, cpu_s=time.process_time(),
+                    loss_by_time=(error / count.clamp(min=1)).tolist(), data_stall_s=stall, **counted,
+                    skipped_steps=r.optimizer.skipped.item(), no_checkpoint_since=r.no_checkpoint_since)
+        speed = f"{rate:,.0f} images/s"
+        if r.world.device.type == "cuda":
+            flops = r.flops(c, batch.eps[0, 0].numel() // c.patch ** 2)
+            speed += f"  MFU {flops * rate / ranks / PEAK_FLOPS:.1%}"
+        left = now * (1 / progress - 1) if progress else 0.0
+        twentieth = int(progress * 20)
+        r.log(f"step {state['step']:6d}  {progress:6.1%}  loss {loss:.4f}  {speed}  {now:.0f} s, {left:.0f} s left",
+              show=twentieth > self.shown, live=True)
+        self.last, self.pending, self.shown = now, [], twentieth
+        if r.optimizer.in_a_row.item() >= 10:
+            save_checkpoint(r, now)
+            raise TrainingFailed(f"the norm of the gradient was not finite 10 steps in a row; step {state['step']} is "
+                                 "kept; lower --lr or --lr-adamw, or look at the data")
+
+
+def save_checkpoint(r: Run, elapsed: float) -> bool:
+    """checkpoint/step-N/: a file of each rank with what it owns, by parameter name, and state.json
+    with their sha256. No RNG state: every draw is a function of (seed, step), the data position a
+    number of batches. All ranks call. Returns whether the step is on disk.
+
+    No collective waits for a disk: each rank says on the store that its file is there, and rank 0
+    renames. Where one cannot write (a full disk), all drop this one and training goes on.
+    Synchronous: 14 GB over 8 ranks every 30 minutes are 0.3 % at 2.5 GB/s, 1.6 % at 0.5 GB/s
+    (derived).
+    """
+    world, step = r.world, r.state["step"]
+    if r.saved == step:
+        return True
+    folder = r.folder / f"checkpoint/step-{step:08d}"
+    data = safetensors.torch.save({k: v.cpu() for k, v in r.optimizer.state_dict().items()})
+    said = dict(sha256=hashlib.sha256(data).hexdigest())  # of the bytes in memory
+    try:
+        write_atomically(folder.with_suffix(".tmp") / f"rank-{world.rank}.safetensors", data)
+    except OSError as error:
+        said = dict(error=f"rank {world.rank}: {error}")
+    keys = [f"checkpoint-{world.turns}-{rank}" for rank in range(world.size)]
+    world.store.set(keys[world.rank], json.dumps(said))
+    state = r.state | dict(counts=r.optimizer.counts(), elapsed=elapsed)
+    if failure := world.first(lambda: finish_checkpoint(r, folder, keys, state)):
+        r.no_checkpoint_since = elapsed if r.no_checkpoint_since is None else r.no_checkpoint_since
+        r.log(f"warning: checkpoint {folder.name} could not be written ({failure}); the ones before it stay, training "
+              "goes on, and it is tried again in five minutes")
+        return False
+    r.saved, r.no_checkpoint_since = step, None
+    return True
+
+
+def finish_checkpoint(r: Run, folder: Path, keys: list[str], state: dict):
+    """Rank 0: wait for all files, then give the folder its name and remove all but the last two."""
+    store, temporary, patience = r.world.store, folder.with_suffix(".tmp"), time.monotonic() + 60
+    while late := [str(rank) for rank, key in enumerate(keys) if not store.check([key])]:
+        if time.monotonic() > patience:
+            r.log(f"checkpoint {folder.name} waits for the disk of rank {', '.join(late)}")
+            patience = math.inf
+        time.sleep(0.05)
+    said = [json.loads(store.get(key)) for key in keys]
+    try:
+        if errors := [s["error"] for s in said if "error" in s]:
+            raise OSError("; ".join(errors))
+        write_json(temporary / "state.json", state | dict(sha256=[s["sha256"] for s in said]))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+    finally:
+        for half in folder.parent.glob("*.tmp"):  # this one, if it failed, and what a crash has left
+            shutil.rmtree(half, ignore_errors=True)
+    older = sorted(other for other in folder.parent.iterdir() if other.name < folder.name)
+    for other in older[:-1]:
+        shutil.rmtree(other, ignore_errors=True)
 
 
 def save_samples(r: Run, name: str):
@@ -2292,7 +2249,7 @@ def train(world: World, config: Config, stages: list[Stage]) -> int:
     progress, elapsed, stall = loop(r)
     step, samples = r.state["step"], r.state["samples"]
     if progress < 1:  # a signal or --stop-after
-        saved = r.checkpoints.save(r.optimizer, r.state, elapsed)
+        saved = save_checkpoint(r, elapsed)
         r.log.write(event="stopped", step=step, elapsed=r.clock())
         if not saved:
             raise TrainingFailed(f"stopped at step {step}, whose checkpoint could not be written; the last one stands")
@@ -2304,7 +2261,7 @@ def train(world: World, config: Config, stages: list[Stage]) -> int:
     r.optimizer.update_ema()
     failure = save_export(r, folder / "transformer")
     seconds = r.clock()  # the clock stops here
-    r.checkpoints.save(r.optimizer, r.state, seconds)
+    save_checkpoint(r, seconds)
     if failure:
         raise TrainingFailed(f"the final weights could not be written ({failure}); make room and start it again")
     finished = dict(step=step, samples=samples, elapsed=seconds)
@@ -2324,8 +2281,8 @@ def main(argv: list[str] | None = None) -> int:
     together = True  # do all ranks fail alike?
     try:
         if "--paint" in argv:
-            if argv[::2] != ["--paint", "--out"] or len(argv) != 4:
-                raise UserError("painting takes --paint REQUEST.json --out IMAGES.safetensors")
+            need(argv[::2] == ["--paint", "--out"] and len(argv) == 4,
+                 "painting takes --paint REQUEST.json --out IMAGES.safetensors")
             paint(Path(argv[1]), Path(argv[3]))
             return 0
         options = parse_args(argv)
@@ -2341,14 +2298,16 @@ def main(argv: list[str] | None = None) -> int:
         who = "" if together or error.everywhere else f"rank {rank}: "
         if who or rank == 0:
             print(f"train_prx: {who}{error}", file=sys.stderr, flush=True)
-        if world and world.torchrun and not isinstance(error, LostPeers):
+        if world and world.torchrun:
             world.torchrun.set("verdict", str(error))
     except Exception as error:
         if size == 1:
             raise
-        lost = isinstance(error, dist.DistError) or "Connection" in str(error)  # another rank has the reason
-        what = f"lost its peers ({first_line(error)})" if lost else f"failed:\n{traceback.format_exc()}"
-        print(f"train_prx: rank {rank} {what}", file=sys.stderr, flush=True)
+        what = f" failed:\n{traceback.format_exc()}"
+        if isinstance(error, dist.DistError) or re.search("Connection|Timed out", str(error)):
+            what = (f": lost its peers ({first_line(error)}), one of which has the reason; the last checkpoint stands, "
+                    "and the same command goes on from it")
+        print(f"train_prx: rank {rank}{what}", file=sys.stderr, flush=True)
         code = 1
     # At once: destroying the group would wait for peers that wait for this rank. torchrun ends them
     if size > 1:

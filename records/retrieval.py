@@ -57,6 +57,7 @@ def row(hit: torch.Tensor, candidates: int) -> dict:
 def load_network(held_out: str):
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     if not NETWORK.exists():
         raise shards.UserError(f"{NETWORK} is missing; restore it from the repository")
     network = transformers.AutoModel.from_pretrained(NETWORK, use_safetensors=True).eval().requires_grad_(False)

@@ -103,12 +103,12 @@ def test_a_full_disk_loses_nothing_and_is_tried_again(shards, monkeypatch, capsy
     monkeypatch.setattr(T, "write_atomically", full)
     monkeypatch.setattr(T, "Clock", Ticking)
     monkeypatch.setattr(T.Heartbeat, "EVERY", 0.0)
-    monkeypatch.setattr(T.Checkpoints, "AGAIN", 2.0)
+    monkeypatch.setattr(T, "CHECKPOINT_AGAIN", 2.0)
     run("--steps", 14, "--name", "r", "--checkpoint-minutes", 3 / 60)
     said = capsys.readouterr().out
     assert said.count("No space left on device") == 2 and "training goes on" in said and "five minutes" in said
     first = tried[0]
-    assert np.diff(tried[:6]).tolist() == [3, 2, 2, 3, 1] and tried[-1] == 14  # AGAIN after a failure; at the end always
+    assert np.diff(tried[:6]).tolist() == [3, 2, 2, 3, 1] and tried[-1] == 14  # again after a failure; at the end always
     beats = {r["step"]: r["no_checkpoint_since"] for r in metrics("r") if "no_checkpoint_since" in r}
     assert [s for s, since in beats.items() if since is not None] == list(range(first + 4, first + 8))
     assert len({since for since in beats.values() if since is not None}) == 1 and beats[14] is None
@@ -542,18 +542,13 @@ def test_what_set_up_finds_on_any_rank_is_said_once_by_rank_0(shards):
 @pytest.mark.parametrize("peer", ["os._exit(9)", "time.sleep(1000)"], ids=["dead", "hung"])
 def test_a_rank_that_loses_its_peer_says_so(in_tmp, peer):
     script = driver(in_tmp, f"""
-def main(argv):
-    world = T.connect()
+def train(world, *options):
     world.agree(1.0)
     T.dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=3), world.control)
     if rank == 1:
         {peer}
-    try:
-        world.agree(1.0)
-    except T.TrainingFailed as error:
-        print(error, flush=True)
-        os._exit(1)
-T.main = main""")
+    world.agree(1.0)
+T.train = train""")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         environment = ENVIRONMENT | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE="2")

@@ -168,7 +168,6 @@ def test_an_epoch_of_a_bucketed_folder_is_exact(tmp_path):
 
 
 def test_the_order_is_what_a_plain_loop_gives(tmp_path, monkeypatch):
-    monkeypatch.setattr(T.Shards, "CHUNK", 50)
     monkeypatch.setattr(T.Shards, "WINDOW", 16)
     write_shards(tmp_path / "d", BUCKETS)
     c = config(tmp_path / "d", batch=5)

@@ -46,7 +46,7 @@ def test_nothing_in_a_step_waits_for_the_gpu(monkeypatch):
     world, frozen = T.World(device=torch.device("meta")), T.Frozen(teacher=Random(), critic=Random())
     optimizer = T.MuonAdamW(nets, c, world)
     T.set_compute_dtype(nets, torch.bfloat16)
-    log = T.Heartbeat(None, world, 0.0)
+    log = T.Heartbeat(None, 0.0)
 
     def step():
         loss, by_time = T.training_step(nets, frozen, batch, c, True)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,10 +129,10 @@ def test_the_scorer_picks_the_best_tokens_and_learns():
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
     analytic = gradients(model, (out * weight).sum())["scorer.weight"]
     # the same by a model in which the routed tokens are scaled by 1 + sigmoid(score) - sigmoid(the score now)
-    now = T.take(score[..., None], kept).sigmoid().detach()
+    now = score.gather(1, kept)[..., None].sigmoid().detach()
 
     def scaled(w):
-        gate = 1 + F.linear(T.take(h[0].detach(), kept), w, model.scorer.bias).sigmoid() - now
+        gate = 1 + F.linear(h[0].detach().take_along_dim(kept[..., None], 1), w, model.scorer.bias).sigmoid() - now
         plain = T.PRX.choose
         T.PRX.choose = lambda self, hidden, keep: (kept, gate)
         try:
@@ -307,18 +308,22 @@ def test_loss_by_noise_level_lies_in_the_tenth_of_its_time(teachers):
 
 def test_the_log_has_the_mean_loss_of_each_noise_level_over_its_steps(tmp_path):
     """Weighted by samples; what no sample fell into is zero; loss, norm and progress of each step in order."""
-    heart = T.Heartbeat(T.Log(tmp_path, T.World()), T.World(), 10.0)
+    optimizer = SimpleNamespace(skipped=torch.tensor(3.0), in_a_row=torch.tensor(0.0))
+    heart = T.Heartbeat(SimpleNamespace(
+        log=T.Log(tmp_path, T.World()), world=T.World(), configs=[T.Config(batch=32)], optimizer=optimizer,
+        state=dict(step=7, samples=224, stage=0), no_checkpoint_since=None), 10.0)
     by_time = torch.zeros(3, 2, 10)
     by_time[0, :, 0], by_time[1, :, 0], by_time[1, :, 7], by_time[2, :, 9] = (torch.tensor(pair) for pair in (
         (2.0, 1.0), (9.0, 3.0), (5.0, 2.0), (1.0, 4.0)))
     for i in range(3):
         heart.pending.append((torch.tensor(1.0 + i), by_time[i], torch.tensor(0.5 * i), 0.1 * i))
-    heart.beat(12.0, 32, 1e9, step=7)
+    heart.beat(12.0, None, 0.0)
     [record] = T.read_metrics(tmp_path)
     assert record["loss_by_time"] == pytest.approx([11 / 4, 0, 0, 0, 0, 0, 0, 5 / 2, 0, 1 / 4])
     assert record["losses"] == [1.0, 2.0, 3.0] and record["loss"] == 2.0 and record["grad_norm"] == 0.5
     assert record["progresses"] == [0.0, 0.1, 0.2] and record["progress"] == 0.2
     assert record["images_per_s"] == pytest.approx(48) and record["step"] == 7 and heart.pending == []
+    assert record["skipped_steps"] == 3
 
 
 def test_a_run_logs_its_loss_by_noise_level(shards, monkeypatch):

@@ -173,20 +173,6 @@ def test_losses_are_sorted_by_their_noise_level(monkeypatch):
     assert model.weight.grad is not None
 
 
-def test_the_heartbeat_writes_the_mean_loss_of_each_noise_level(in_tmp):
-    Path("r").mkdir()
-    log = T.Log(Path("r"), T.World())
-    heart = T.Heartbeat(log, T.World(), 0.0)
-    for scale in (1.0, 3.0):
-        sums, counts = torch.zeros(10), torch.zeros(10)
-        sums[2], counts[2], sums[9], counts[9] = 4 * scale, 2, scale, 1
-        heart.pending.append((torch.tensor(scale), torch.stack([sums, counts]), torch.tensor(1.0), 0.5))
-    heart.beat(2.0, 8, 0.0, step=2)
-    [record] = T.read_metrics(Path("r"))
-    assert record["losses"] == [1.0, 3.0] and record["loss"] == 2.0 and record["images_per_s"] == 8
-    assert record["loss_by_time"] == [0, 0, 4.0, 0, 0, 0, 0, 0, 0, 2.0]
-
-
 # --- stop and resume
 
 @pytest.mark.parametrize("flags", [
@@ -408,8 +394,8 @@ MICRO = ["--track", "micro"]
     ([*MICRO, "--warmup", "0.8", "--decay-from", "0.5"], "--warmup 0.8 ends after --decay-from 0.5"),
     ([*MICRO, "--captions", "mix:2"], "--captions mix:2 is unknown"),
     ([*MICRO, "--predict", "eps"], "--predict: invalid choice: 'eps'"),
-    ([*MICRO, "--name", "../up"], "--name '../up' must be a plain folder name"),
-    ([*MICRO, "--name", ".."], "--name '..' must be a plain folder name"),
+    ([*MICRO, "--name", "../up"], "--name ../up must be a plain folder name"),
+    ([*MICRO, "--name", ".."], "--name .. must be a plain folder name"),
     ([*MICRO, "--ema", "1"], "--ema 1.0 must be at least 0 and less than 1"),
     ([*MICRO, "--ema", "nan"], "--ema nan must be at least 0 and less than 1"),
     ([*MICRO, "--lr", "inf"], "--lr inf must be positive"),
