@@ -7,10 +7,10 @@
 
 All rows see the same number of images from the same seeds: the baseline with one thing changed, in as many steps unless
 the row's batch is another. Rows follow each other within a seed, so that a slow hour of the machine hits all alike.
-Each run is judged on 500 held-out prompts by eval_prx.py, on emoji by records/retrieval.py with the kind of prompts that
-it was trained on. A run that is there is not made again: stop at any time, go on later. One JSON line per run goes to
-records/ablations/TRACK.jsonl. Runs need shards/TRACK (data/scenes.py, data/openmoji.py) and write to logs/. Results of
-protocol 1: records/notes/ablations.md.
+Each run is judged on 500 held-out prompts by eval_prx.py, on emoji by records/retrieval.py with the kind of prompts
+that it was trained on. A run that is there is not made again: stop at any time, go on later. One JSON line per run goes
+to records/ablations/TRACK.jsonl; --out takes another folder, such as records/notes/ablations, where the published ones
+are. Runs need shards/TRACK (data/scenes.py, data/openmoji.py) and write to logs/. Results: records/notes/ablations.md.
 
 --equal-time runs the rows that change throughput once more, for as many steps as the baseline's time allows, by the
 images/s of the runs at equal steps.
@@ -30,7 +30,6 @@ sys.path.insert(0, str(ROOT))
 from data.shards import command  # noqa: E402
 
 SCRIPT = ROOT / "train_prx.py"
-OUT = ROOT / "records/ablations"
 
 # PRX part 2's recipe: AdamW 1e-4, constant, no EMA. Tuned: its rate by a search on scenes (records/notes/search)
 BASELINE = ("--optimizer adamw --lr 1e-4 --eps 1e-15 --weight-decay 0 --warmup 0.01 --decay-from 1 --clip 0.2 --ema 0 "
@@ -98,8 +97,7 @@ def batch_of(track: str, row: str, extra: list[str]) -> int:
     return stages[0].config(config).batch
 
 
-def log(track: str) -> list[dict]:
-    path = OUT / f"{track}.jsonl"
+def read_log(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -128,7 +126,8 @@ def run_one(track: str, row: str, seed: int, steps: int, kind: str, extra: list[
         **{key: round(measured[key], 5) for key in MEASURES[track]},
         loss=[round(statistics.fmean(losses[i:i + 10]), 4) for i in range(0, len(losses), 10)],
         loss_by_time=[round(statistics.fmean(column), 5) for column in zip(*(beat["loss_by_time"] for beat in last))],
-        data=facts["data"], protocol_sha256=protocol, source_sha256=facts["source_sha256"], machine=facts["machine"])
+        data=[d | dict(folder=Path(d["folder"]).name) for d in facts["data"]], protocol_sha256=protocol,
+        source_sha256=facts["source_sha256"], machine=facts["machine"])
 
 
 def judge_scenes(run: Path, facts: dict, quiet: dict) -> tuple[dict, str]:
@@ -150,17 +149,17 @@ def judge_emoji(run: Path, facts: dict, quiet: dict) -> tuple[dict, str]:
     return dict(retrieval=shares["painted"], alone=shares["without"]), protocol
 
 
-def speed_ratio(track: str, row: str) -> float | None:
+def speed_ratio(path: Path, row: str) -> float | None:
     """Images/s over the baseline's, the median over the seeds that both have at equal steps."""
-    rates = {(r["row"], r["seed"]): r["images_per_s"] for r in log(track) if r["kind"] == "steps"}
+    rates = {(r["row"], r["seed"]): r["images_per_s"] for r in read_log(path) if r["kind"] == "steps"}
     ratios = [rate / rates["baseline", seed] for (name, seed), rate in rates.items()
               if name == row and ("baseline", seed) in rates]
     return statistics.median(ratios) if ratios else None
 
 
-def table(track: str) -> str:
+def table(path: Path) -> str:
     """Markdown, from the log alone."""
-    records = log(track)
+    track, records = path.stem, read_log(path)
 
     def cell(values, scale=1.0, digits=2):
         if not values:
@@ -181,21 +180,22 @@ def table(track: str) -> str:
             continue
         column = lambda key: cell([r[key] for r in mine], *measures[key][1:])
         gains = [r[score] - base[r["seed"]] for r in mine if r["seed"] in base and row != "baseline"]
-        ratio = speed_ratio(track, row)
+        ratio = speed_ratio(path, row)
         cells = [row, PUBLISHED.get(row, "-"), str(len(mine)), column(score), cell(gains, 100), *map(column, others),
                  f"{ratio:.2f}" if ratio else "-", cell(timed, 100)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def plots(track: str):
-    """BF16 storage: loss and score. Captions: loss by noise level."""
+def plots(path: Path):
+    """BF16 storage: loss and score. Captions: loss by noise level. They lie beside the log."""
+    track = path.stem
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     score = next(iter(MEASURES[track]))
-    runs = {row: [r for r in log(track) if r["row"] == row and r["kind"] == "steps"] for row in ROWS}
+    runs = {row: [r for r in read_log(path) if r["row"] == row and r["kind"] == "steps"] for row in ROWS}
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
     for row, colour in (("baseline", "C0"), ("BF16 weights", "C3")):
         for i, run in enumerate(runs[row]):
@@ -205,7 +205,7 @@ def plots(track: str):
     left.legend()
     right.set(ylabel=MEASURES[track][score][0], title="each seed")
     figure.tight_layout()
-    figure.savefig(OUT / f"{track}-bf16.png", dpi=90)
+    figure.savefig(path.with_name(f"{track}-bf16.png"), dpi=90)
     figure, axis = plt.subplots(figsize=(6.5, 4))
     tenths = [(k + 0.5) / 10 for k in range(10)]
     for row in ("baseline", "short captions", "long/short mix 0.2"):
@@ -217,7 +217,7 @@ def plots(track: str):
     axis.legend()
     axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(OUT / f"{track}-captions.png", dpi=90)
+    figure.savefig(path.with_name(f"{track}-captions.png"), dpi=90)
 
 
 def main(argv: list[str] | None = None):
@@ -229,6 +229,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows, metavar="ROW")
     parser.add_argument("--equal-time", action="store_true", help="rows that change images/s, for the baseline's time")
     parser.add_argument("--table", action="store_true", help="only the table and the plots, from the log")
+    parser.add_argument("--out", type=Path, default=ROOT / "records/ablations", help="where TRACK.jsonl lies")
     parser.add_argument("--show", choices=rows, metavar="ROW", help="print a row's command and stop")
     parser.add_argument("--flags", default="", help="further flags of every run, such as '--compile off'")
     args = parser.parse_args(argv)
@@ -236,28 +237,29 @@ def main(argv: list[str] | None = None):
     if args.show:
         print(command("train_prx.py", *arguments(track, args.show, 0, steps, extra)))
         return
-    OUT.mkdir(exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{track}.jsonl"
     base_batch = batch_of(track, "baseline", extra)
     for seed in range(0 if args.table else args.seeds):
         for row in args.rows:
             kind, mine = "steps", round(steps * base_batch / batch_of(track, row, extra))
             if args.equal_time:
-                ratio = speed_ratio(track, row)
+                ratio = speed_ratio(path, row)
                 if ratio is None or abs(ratio - 1) < 0.03:
                     print(f"{row}: not at equal time (images/s over the baseline's: {ratio})")
                     continue
                 kind, mine = "time", round(mine * ratio)
-            if any((r["row"], r["seed"], r["kind"]) == (row, seed, kind) for r in log(track)):
+            if any((r["row"], r["seed"], r["kind"]) == (row, seed, kind) for r in read_log(path)):
                 continue
             record = run_one(track, row, seed, mine, kind, extra)
-            with open(OUT / f"{track}.jsonl", "a") as file:
+            with open(path, "a") as file:
                 file.write(json.dumps(record) + "\n")
             measured = ", ".join(f"{name} {record[key] * scale:.{digits}f}" for key, (name, scale, digits)
                                  in MEASURES[track].items())
             print(f"seed {seed}  {row:24s} {measured}  {record['seconds']:.0f} s", flush=True)
-    if log(track):
-        print(table(track))
-        plots(track)
+    if read_log(path):
+        print(table(path))
+        plots(path)
 
 
 if __name__ == "__main__":

@@ -102,19 +102,18 @@ def test_every_row_of_the_ablations_is_flags_that_the_script_takes(track):
     assert ablate.batch_of(track, "baseline", []) == (256 if track == "mini" else 64)
 
 
-def test_the_ablation_table_is_made_from_its_log(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate, "OUT", tmp_path)
+def test_the_ablation_table_is_made_from_its_log(tmp_path):
     rows = (("baseline", 0, "steps", 0.5, 100), ("baseline", 1, "steps", 0.7, 110), ("Muon", 0, "steps", 0.9, 80),
             ("TREAD 50 %", 0, "time", 0.4, 120), ("TREAD 50 %", 0, "steps", 0.3, 120))
     keys = "row seed kind accuracy images_per_s".split()
     rest = dict(unseen=0.5, fid=1.0, cmmd=2.0, dino_mmd=3.0, loss=[1.0, 0.5], loss_by_time=[0.1] * 10)
     lines = [json.dumps(dict(zip(keys, row)) | rest) for row in rows]
     (tmp_path / "micro.jsonl").write_text("\n".join(lines) + "\n")
-    lines = ablate.table("micro").splitlines()
+    lines = ablate.table(tmp_path / "micro.jsonl").splitlines()
     assert "| baseline | 18.20 | 2 | 60.00 ± 14.14 | - |" in lines[2] and len(lines) == 5
     assert "| Muon | 15.55 | 1 | 90.00 | 40.00 |" in lines[3] and "| 0.80 | - |" in lines[3]
     assert lines[4].endswith("| 1.20 | 40.00 |")
-    ablate.plots("micro")
+    ablate.plots(tmp_path / "micro.jsonl")
     assert (tmp_path / "micro-bf16.png").exists() and (tmp_path / "micro-captions.png").exists()
 
 
@@ -131,12 +130,11 @@ def test_ablations_on_emoji_are_judged_by_retrieval(tmp_path, monkeypatch):
         (tmp_path / "retrieval.json").unlink(missing_ok=True)
         assert ablate.judge_emoji(tmp_path, dict(captions=captions), {})[0] == dict(retrieval=0.3, alone=0.1)
         assert calls.pop()[1:] == [str(ROOT / "records/retrieval.py"), str(tmp_path), "--captions", asked]
-    monkeypatch.setattr(ablate, "OUT", tmp_path)
     keys, rest = "row seed kind retrieval alone images_per_s".split(), dict(loss=[1.0], loss_by_time=[0.1] * 10)
     rows = ("baseline", 0, "steps", 0.2, 0.1, 100), ("Muon", 0, "steps", 0.3, 0.2, 80)
     (tmp_path / "openmoji.jsonl").write_text("".join(json.dumps(dict(zip(keys, row)) | rest) + "\n" for row in rows))
-    assert "| Muon | 15.55 | 1 | 30.00 | 10.00 | 20.00 | 0.80 | - |" in ablate.table("openmoji")
-    ablate.plots("openmoji")
+    assert "| Muon | 15.55 | 1 | 30.00 | 10.00 | 20.00 | 0.80 | - |" in ablate.table(tmp_path / "openmoji.jsonl")
+    ablate.plots(tmp_path / "openmoji.jsonl")
 
 
 def test_an_ablation_is_a_run_of_the_script_judged_by_the_evaluator(shards, monkeypatch):
@@ -152,12 +150,12 @@ def test_an_ablation_is_a_run_of_the_script_judged_by_the_evaluator(shards, monk
 
     monkeypatch.setattr(subprocess, "run_really", subprocess.run, raising=False)
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(ablate, "OUT", shards / "out")
-    flags = ["--rows", "baseline", "--seeds", "1", "--steps", "3", "--flags", "--compile off --batch 16"]
+    flags = ["--out", "out", "--rows", "baseline", "--seeds", "1", "--steps", "3", "--flags", "--compile off --batch 16"]
     ablate.main(flags)
     ablate.main(flags)  # it is there: not made again
     assert len(calls) == 2 and calls[1][1:] == [str(ROOT / "eval_prx.py"), calls[1][2], "--n", "500"]
-    [record] = ablate.log("micro")
+    [record] = ablate.read_log(Path("out/micro.jsonl"))
     assert (record["row"], record["steps"], record["samples"]) == ("baseline", 3, 48)
     assert record["accuracy"] == 0.5 and record["images_per_s"] > 0 and len(record["loss_by_time"]) == 10
-    assert record["protocol_sha256"] == "ab" and record["data"][0]["sha256"] and record["machine"]["torch"]
+    assert record["protocol_sha256"] == "ab" and record["machine"]["torch"]
+    assert record["data"][0]["sha256"] and record["data"][0]["folder"] == "micro"
