@@ -261,8 +261,8 @@ def parse_args(argv: list[str]) -> tuple[Config, list[Stage]]:
     if "sft" in stages:
         stages["sft"].knobs["data"] = sft
     wanted = list(stages) if config.stages == "all" else config.stages.split(",")
-    unknown = ",".join(name for name in wanted if name not in stages)
-    need(not unknown, f"--stages {unknown} is unknown; this run has {','.join(stages)} (sft needs --sft-data)")
+    need(set(wanted) <= set(stages),
+         f"--stages {config.stages} is unknown; this run has {','.join(stages)} (sft needs --sft-data)")
     chosen = [stage for stage in stages.values() if stage.name in wanted]
     World().refuse([p for stage in chosen for p in problems_in(stage.config(config))])
     return config, chosen
@@ -307,13 +307,14 @@ def problems_in(c: Config) -> list[str]:
         ("is unknown; use long, short or mix:0.3",
          lambda x: re.fullmatch(r"long|short|mix:(0(\.\d+)?|1(\.0+)?)", x), "captions"),
         ("must be a plain folder name (letters, digits, . _ -)", lambda x: re.fullmatch(r"\.*[\w-][\w.-]*", x), "name")]
-    problems = [f"{flag(name)} {getattr(c, name)} {rule}" for rule, fits, names in rules for name in names.split()
+    problems = [f"{flag(name)} {getattr(c, name)!r} {rule}" for rule, fits, names in rules for name in names.split()
                 if not fits(getattr(c, name))]
     if problems:
         return problems
     first, end = routed_blocks(c)
     blocks, layer = f"--tread-blocks {c.tread_blocks}", f"--repa-layer {c.repa_layer}"
-    routed, sees_all = c.tread or c.sprint, c.repa_layer not in range(first, end)
+    routed = c.tread or c.sprint
+    misses = routed and c.repa_layer in range(first, end)
     return [sentence for holds, sentence in [
         (c.steps or c.hours, "the run has no length; give --steps or --hours"),
         (c.warmup <= c.decay_from, f"--warmup {c.warmup} ends after --decay-from {c.decay_from} begins; lower one"),
@@ -323,7 +324,7 @@ def problems_in(c: Config) -> list[str]:
         (not c.repa or c.repa_layer < c.depth, f"{layer} must be one of 0 to {c.depth - 1}"),
         (not (c.tread and c.sprint), "--tread and --sprint both route tokens; choose one"),
         (not routed or first < end <= c.depth, f"{blocks} must lie in 0 to {c.depth - 1}"),
-        (not routed or not c.repa or c.repa_kind == "repa" or sees_all,
+        (not (c.repa and c.repa_kind == "irepa" and misses),
          f"{layer} must see all tokens for irepa; change {blocks}"),
     ] if not holds]
 
@@ -1063,8 +1064,8 @@ def is_muon(name: str, p, c: Config) -> bool:
 
 class Flat:
     """Parameters as FP32 vectors, one per rank, of those that it owns, padded to the longest. They
-    are dealt out in turn, so that each rank gets as many of a shape. grads (ranks, size) are the
-    sums of all; master and ema (size,) are this rank's."""
+    are dealt out in turn: of a run of equal shapes each rank gets as many, give or take one. grads
+    (ranks, size) are the sums of all; master and ema (size,) are this rank's."""
 
     def __init__(self, params: dict, world: World):
         self.params, self.rank = params, world.rank
@@ -1331,6 +1332,8 @@ class Shards:
         every = [s for s in every if s["resolution"] == c.resolution]
         self.shards = [s for s in every if s["split"] == "train"]
         self.held_out = [s for s in every if s["split"] == "eval"]
+        sizes = [(s["height"], s["width"]) for s in self.shards]
+        self.sizes = list(dict.fromkeys(sizes))
         self.check(c, vae)
         self.tensors = {s["path"]: self.open(s) for s in every}
         self.first = np.cumsum([0] + [s["count"] for s in self.shards])  # the id of each shard's first sample
@@ -1338,8 +1341,6 @@ class Shards:
         self.folders = [[i for i, s in enumerate(self.shards) if s["folder"] == f] for f in range(len(folders))]
         self.counts = [sum(len(self.ids[i]) for i in shards) for shards in self.folders]
         need(all(self.counts), f"{c.data} has a folder with no training image of {c.resolution} px; prepare it again")
-        sizes = [(s["height"], s["width"]) for s in self.shards]
-        self.sizes = list(dict.fromkeys(sizes))
         self.bucket = np.repeat([self.sizes.index(size) for size in sizes], np.diff(self.first))
         self.empty = self.load(first["folder"] / "empty.safetensors")["text"] if self.text else ""
 
@@ -1370,7 +1371,7 @@ class Shards:
             need(theirs == ours, f"the latents of {c.data} were made by {theirs}, and --vae {c.vae} is {ours}; give "
                  "the --vae that made them")
         cell = c.patch * (vae.factor if vae else 1)
-        for height, width in {(s["height"], s["width"]) for s in self.shards}:
+        for height, width in self.sizes:
             need(height % cell == width % cell == 0, f"images of {height} x {width} px cannot be cut into tokens of "
                  f"{cell} px (--vae {c.vae}, --patch {c.patch}); change one of them or the size")
 
@@ -1440,9 +1441,9 @@ class Shards:
         """Global batches of sample ids without end, one bucket each. The folders take turns by
         weight; what does not fill a batch of its bucket waits for the next one."""
         waiting = [[] for _ in self.sizes]
-        turns = [zip(itertools.count(0.5 / weight, 1 / weight), self.stream(folder))  # when a sample is due, and it
+        turns = [zip(itertools.count(0.5 / weight, 1 / weight), self.stream(folder))
                  for folder, weight in enumerate(self.weights)]
-        for _, sample in heapq.merge(*turns, key=lambda turn: turn[0]):
+        for _, sample in heapq.merge(*turns):  # by the time at which each is due
             queue = waiting[self.bucket[sample]]
             queue.append(sample)
             if len(queue) == self.config.batch:
@@ -1891,7 +1892,8 @@ class Run:
         self.optimizer = None if config.dry_run and self.large else MuonAdamW(self.nets, config, world)
         bf16 = config.compute == "bf16" or config.compute == "auto" and has_fast_bf16(world.device)
         set_compute_dtype(self.nets, torch.bfloat16 if bf16 else torch.float32)
-        self.saved, self.no_checkpoint_since = None, None  # a step; seconds on the clock
+        self.saved = None  # the step of the last checkpoint
+        self.no_checkpoint_since = None  # seconds on the clock: the first failure since a success
         images = ", ".join(f"{sum(d.counts):,} images of {d.config.resolution} px" for d in self.datasets)
         log(f"{config.name}: PRX {self.parameters() / 1e6:.1f} M parameters, {'BF16' if bf16 else 'FP32'} compute, "
             f"{world.size} rank(s) on {world.device.type}, {images}")
@@ -1949,10 +1951,10 @@ def get_ready(r: Run):
 
 def check_disk(r: Run):
     """Room for three checkpoints (two are kept, one is being written) and the exports."""
-    need = 3 * r.checkpoint_bytes() + 4 * r.parameters() * (r.config.samples + 1)
+    room = 3 * r.checkpoint_bytes() + 4 * r.parameters() * (r.config.samples + 1)
     free = shutil.disk_usage(r.folder).free + sum(p.stat().st_size for p in r.folder.glob("checkpoint/*/*"))
-    r.world.refuse([] if free >= need else [
-        f"{r.folder.resolve()} has {free / 1e9:.1f} GB free and the run needs {need / 1e9:.1f}; make room"])
+    r.world.refuse([] if free >= room else [
+        f"{r.folder.resolve()} has {free / 1e9:.1f} GB free and the run needs {room / 1e9:.1f}; make room"])
 
 
 def compile_blocks(r: Run):
@@ -2095,7 +2097,8 @@ def loop(r: Run) -> tuple[float, float, float]:
 
 
 class Heartbeat:
-    """Collects scalars on the device; every few seconds reads them at once and writes them down."""
+    """Collects scalars on the device; every few seconds reads them at once and writes them down. Ends
+    the run, with a checkpoint, after ten steps in a row whose gradient was not finite."""
 
     EVERY = 5.0  # seconds
 
@@ -2104,7 +2107,8 @@ class Heartbeat:
         self.pending, self.shown = [], 0  # (loss, loss by time, gradient norm, progress) of each step
 
     def beat(self, now: float, batch: Batch, stall: float):
-        r, state, c, ranks = self.r, self.r.state, self.r.configs[self.r.state["stage"]], self.r.world.size
+        r, state, ranks = self.r, self.r.state, self.r.world.size
+        c = r.configs[state["stage"]]
         losses, by_time, norms, progresses = zip(*self.pending)
         losses, by_time = torch.stack(losses), torch.stack(by_time).sum(0)
         if ranks > 1:
@@ -2155,9 +2159,9 @@ def save_checkpoint(r: Run, elapsed: float) -> bool:
         said = dict(error=f"rank {world.rank}: {error}")
     keys = [f"checkpoint-{world.turns}-{rank}" for rank in range(world.size)]
     world.store.set(keys[world.rank], json.dumps(said))
-    state = r.state | dict(counts=r.optimizer.counts(), elapsed=elapsed)
-    if failure := world.first(lambda: finish_checkpoint(r, folder, keys, state)):
-        r.no_checkpoint_since = elapsed if r.no_checkpoint_since is None else r.no_checkpoint_since
+    if failure := world.first(lambda: finish_checkpoint(r, folder, keys, elapsed)):
+        if r.no_checkpoint_since is None:
+            r.no_checkpoint_since = elapsed
         r.log(f"warning: checkpoint {folder.name} could not be written ({failure}); the ones before it stay, training "
               "goes on, and it is tried again in five minutes")
         return False
@@ -2165,7 +2169,7 @@ def save_checkpoint(r: Run, elapsed: float) -> bool:
     return True
 
 
-def finish_checkpoint(r: Run, folder: Path, keys: list[str], state: dict):
+def finish_checkpoint(r: Run, folder: Path, keys: list[str], elapsed: float):
     """Rank 0: wait for all files, then give the folder its name and remove all but the last two."""
     store, temporary, patience = r.world.store, folder.with_suffix(".tmp"), time.monotonic() + 60
     while late := [str(rank) for rank, key in enumerate(keys) if not store.check([key])]:
@@ -2177,7 +2181,9 @@ def finish_checkpoint(r: Run, folder: Path, keys: list[str], state: dict):
     try:
         if errors := [s["error"] for s in said if "error" in s]:
             raise OSError("; ".join(errors))
-        write_json(temporary / "state.json", state | dict(sha256=[s["sha256"] for s in said]))
+        sums = [s["sha256"] for s in said]
+        write_json(temporary / "state.json",
+                   r.state | dict(counts=r.optimizer.counts(), elapsed=elapsed, sha256=sums))
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
     finally:
@@ -2304,9 +2310,9 @@ def main(argv: list[str] | None = None) -> int:
         if size == 1:
             raise
         what = f" failed:\n{traceback.format_exc()}"
-        if isinstance(error, dist.DistError) or re.search("Connection|Timed out", str(error)):
-            what = (f": lost its peers ({first_line(error)}), one of which has the reason; the last checkpoint stands, "
-                    "and the same command goes on from it")
+        if isinstance(error, dist.DistError) or re.search("Connection|Timed out|Socket|pair closure", str(error)):
+            what = (f": lost its peers ({first_line(error)}), which may say why; the last checkpoint stands, and the "
+                    "same command goes on from it")
         print(f"train_prx: rank {rank}{what}", file=sys.stderr, flush=True)
         code = 1
     # At once: destroying the group would wait for peers that wait for this rank. torchrun ends them

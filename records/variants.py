@@ -50,20 +50,13 @@ class Recomputed(T.Block):
         return checkpoint(super().forward, *args, use_reentrant=False)
 
 
-class Chunks(nn.Module):
-    """Stands for a block's modulation, whose product was made with all the others'."""
-
-    def forward(self, rows):  # (B, 6 D) -> six of (B, 1, D) in FP32
-        return rows.float()[:, None].chunk(6, -1)
-
-
 class Modulated(nn.Module):
     """A block that gets its rows of the product of all modulations; the first block makes it."""
 
     def __init__(self, block: T.Block, number: int, linears: list[nn.Linear], rows: list):
         super().__init__()
         self.block, self.number, self.linears, self.rows = block, number, linears, rows
-        block.modulation = Chunks()
+        block.modulation = nn.Identity()  # its product is made with all the others'
 
     def forward(self, x, text, vec, rope, mask):
         if self.number == 0:
@@ -89,8 +82,8 @@ class WithoutMask(T.Attention):
         rope = [table[:, None] if table.ndim == 2 else table.transpose(1, 2) for table in rope]
         q, k, v = split(self.img_qkv_proj(x), 3)
         text_k, text_v = split(self.txt_kv_proj(text), 2)
-        q, k = T.rotate(self.norm_q(q), rope).to(v.dtype), T.rotate(self.norm_k(k), rope).to(v.dtype)
-        k = torch.cat([k, self.norm_added_k(text_k).to(v.dtype)], 1)
+        q, k = (T.rotate(y, rope).to(v.dtype) for y in (self.norm_q(q.float()), self.norm_k(k.float())))
+        k = torch.cat([k, self.norm_added_k(text_k.float()).to(v.dtype)], 1)
         v = torch.cat([v, text_v], 1)
         padding = 0 if mask is None else (mask[:, 0, 0, :tokens] != 0).sum(-1)
         ends = torch.arange(1, B + 1, device=x.device)
@@ -230,7 +223,7 @@ class InFlight:
     def arrive(self):
         for work, _, rows, flat, params in self.coming:
             work.wait()
-            views = {n: v for rank, row in enumerate(rows) for n, v in flat.views(row, rank).items()}
+            views = flat.all_views(rows)
             torch._foreach_copy_([params[n].data for n in views], list(views.values()))
         self.coming = []
 

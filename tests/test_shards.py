@@ -188,6 +188,18 @@ def test_the_order_is_what_a_plain_loop_gives(tmp_path, monkeypatch):
     assert [next(order).tolist() for _ in range(60)] == np.array(expected)[:60].tolist()
 
 
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (3, 1), (1, 0.001)])
+def test_folders_take_turns_by_weight_within_one_sample(tmp_path, weights):
+    for name, first in (("a", 0), ("b", 100)):
+        write_shards(tmp_path / name, first=first)
+    spec = ",".join(f"{tmp_path}/{name}:{weight}" for name, weight in zip("ab", weights))
+    data = T.Shards(config(spec, batch=10))
+    order = data.order()
+    ids = np.concatenate([next(order) for _ in range(300)])
+    ours = np.cumsum(ids < data.first[len(data.folders[0])])
+    assert abs(ours - weights[0] / sum(weights) * np.arange(1, 3001)).max() <= 1
+
+
 def test_stages_and_seeds_have_their_own_order(tmp_path):
     write_shards(tmp_path / "d")
     first = lambda c, stage: next(T.Shards(c, stage).order()).tolist()
@@ -377,6 +389,7 @@ def test_what_a_worker_cannot_read_is_said_by_the_trainer(tmp_path, monkeypatch)
     (["--data", "{d}:0"], "is no list of folders with positive weights"),
     (["--data", "{d},nowhere"], "--data nowhere holds no index.json"),
     (["--stages", "512px"], "--stages 512px is unknown; this run has main"),
+    (["--stages", ""], "--stages  is unknown; this run has main"),
 ])
 def test_settings_that_do_not_fit_are_refused_with_both_values(tmp_path, in_tmp, capsys, flags, says):
     data = write_shards(tmp_path / "d", fields=("long",))

@@ -501,7 +501,7 @@ def test_a_teacher_that_lacks_weights_is_refused(teachers, tmp_path):
     (["--tread", 0.5, "--sprint", 0.5], "--tread and --sprint both route tokens"),
     (["--tread", 1], "--tread 1.0 must be at least 0 and less than 1"),
     (["--tread", 0.5, "--tread-blocks", "1-9"], "--tread-blocks 1-9 must lie in 0 to 3"),
-    (["--tread", 0.5, "--tread-blocks", "all"], "--tread-blocks all must name a first and a last block"),
+    (["--tread", 0.5, "--tread-blocks", "all"], "--tread-blocks 'all' must name a first and a last block"),
     (["--repa", 0.5, "--repa-layer", 4], "--repa-layer 4 must be one of 0 to 3"),
     (["--repa", 0.5, "--repa-kind", "irepa", "--tread", 0.5], "--repa-layer 2 must see all tokens for irepa"),
     (["--repa", 0.5, "--repa-teacher", "/gone"], "the teacher /gone cannot be loaded"),
