@@ -810,6 +810,13 @@ def test_sample_says_which_words_the_small_text_encoder_does_not_know(run, tmp_p
     assert "vocabulary" not in capsys.readouterr().out
 
 
+def test_another_encoder_in_the_data_knows_its_own_words(tmp_path):
+    """data/prepare.py --text puts any encoder into the folder, under the same name."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/tokenizer.json").write_text(json.dumps(dict(model=dict(type="WordPiece", vocab={"zebra": 0}))))
+    assert eval_prx.unknown_words(tmp_path, dict(text="tiny"), ["a zebra"]) == []
+
+
 def test_the_evaluator_stays_readable():
     """Issue 16: at most 1,100 lines, export inside; and no denser than they were."""
     lines = (ROOT / "eval_prx.py").read_text().splitlines()
