@@ -735,8 +735,9 @@ def clean(prompt: str) -> str:
 
 def unknown_words(run: Path, about: dict, prompts: list[str]) -> list[str]:
     """Words that are not in the vocabulary of the scenes' text encoder; [] where another encoder reads them."""
-    file, scenes_file = (folder / "text" / "tokenizer.json" for folder in (run, NETWORKS))
-    if about["text"] != "tiny" or not file.is_file() or file.read_bytes() != scenes_file.read_bytes():
+    file = run / "text" / "tokenizer.json"
+    ours = (NETWORKS / "text" / file.name).read_bytes()
+    if about["text"] != "tiny" or not file.is_file() or file.read_bytes() != ours:
         return []
     vocabulary = json.loads(file.read_text())["model"]["vocab"]
     words = dict.fromkeys(re.findall(r"\w+", " ".join(prompts)))
