@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import math
 import os
@@ -40,8 +41,10 @@ from records import bench, variants  # noqa: E402
 
 BUDGET = 540.0  # seconds
 BACKENDS = {"efficient": SDPBackend.EFFICIENT_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
-            "math": SDPBackend.MATH, "cudnn": SDPBackend.CUDNN_ATTENTION}
+            "math": SDPBackend.MATH, "cudnn": SDPBackend.CUDNN_ATTENTION, "varlen": "varlen"}
 BUCKETS = [(256, 256), (288, 224), (224, 288), (320, 192), (192, 320)]
+# Of 16: the copies that are compared fit beside them, and the check into its minutes
+SHALLOW = "--depth 4 --tread-blocks 1-2 --repa-layer 1"
 KINDS = {  # of kernels, by their names; the first that fits
     "attention": r"^(?!triton).*(attention|fmha|flash|sdpa)",
     "products": r"^(?!triton).*(gemm|nvjet|cutlass|xmma|::(mm|bmm|addmm|baddbmm)$)",
@@ -141,12 +144,23 @@ def stopwatch(device, work: Callable, *args) -> tuple:
 
 # ---- one GPU ---------------------------------------------------------------------------------------------------------
 
+def varlen(q, k, v, text: int, padding: int):
+    """Attention without a mask (records/variants.py); the last `padding` of the text's keys, which come first, fit no
+    query."""
+    moved = lambda x: torch.cat([x[:, :, text:], x[:, :, :text]], 2).transpose(1, 2)
+    paddings = torch.full(q.shape[:1], padding, device=q.device)
+    return variants.without_mask(q.transpose(1, 2), moved(k), moved(v), paddings).transpose(1, 2)
+
+
 def attention(check: Check):
     """Every backend's output and gradients against FP32 math at the script's shapes, with its mask: the norm of the
-    difference over the norm. Known trouble: NaN in the query's gradient where keys % 128 == 64 and no key fits."""
-    B, H, text, d = (2, 4, 24, 8) if check.tiny else (2, 28, 256, 64)
-    tokens = [16] if check.tiny else [256, 252, 240, 192, 512, 1024, 4096]
-    for N, apart in [(n, 0) for n in tokens] + [(tokens[len(tokens) // 2], 4)]:
+    difference over the norm, and what forward and backward take. Known trouble: NaN in cuDNN's gradient of a query that
+    no key fits, where keys % 128 == 64."""
+    H, text, d = (4, 24, 8) if check.tiny else (28, 256, 64)
+    # Timed at the images per GPU of 256 px, of 512 px and its routed blocks, and of 1024 px
+    timed = {} if check.tiny else {256: 128, 1024: 32, 512: 32, 4096: 8}
+    for N, apart in itertools.product([16] if check.tiny else [256, 252, 240, 192, 512, 1024, 4096], (0, 4)):
+        B = 2 if apart else timed.get(N, 2)
         generator = torch.Generator(check.device).manual_seed(0)
         draw = lambda n: torch.randn(B, H, n, d, generator=generator, device=check.device)
         inputs = [draw(N) + apart, draw(N + text) - apart, draw(N + text)]
@@ -154,21 +168,27 @@ def attention(check: Check):
         mask = torch.zeros(B, 1, 1, N + text, device=check.device)
         mask[:, :, :, text // 2:text] = -torch.inf
 
-        def run(dtype, backend):
-            leaves = [x.to(dtype).requires_grad_() for x in inputs]
-            with sdpa_kernel([backend]):
-                out = F.scaled_dot_product_attention(*leaves, attn_mask=mask.to(dtype))
-            return [x.detach().float() for x in (out, *torch.autograd.grad(out, leaves, weight.to(dtype)))]
+        def run(dtype, backend, images=slice(None)):
+            leaves = [x[images].to(dtype).requires_grad_() for x in inputs]
+            if backend == "varlen":
+                out = varlen(*leaves, text, text - text // 2)
+            else:
+                with sdpa_kernel([backend]):
+                    out = F.scaled_dot_product_attention(*leaves, attn_mask=mask[images].to(dtype))
+            return out.detach(), *torch.autograd.grad(out, leaves, weight[images].to(dtype))
 
-        expected = run(torch.float32, SDPBackend.MATH)
+        expected = run(torch.float32, SDPBackend.MATH, slice(2))
         for name, backend in BACKENDS.items():
-            name = f"{name}, {N} of {N + text} keys{', none fits' if apart else ''}"
+            where = f"{name}, {N} of {N + text} keys{', none fits' if apart else ''}"
             try:
-                pairs = zip(run(check.dtype, backend), expected)
-                off = [((new - old).norm() / old.norm()).item() for new, old in pairs]
-                check.note(name, **dict(zip(("output", "dq", "dk", "dv"), off)))
-            except RuntimeError as error:
-                check.note(name, failed=T.first_line(error))
+                pairs = zip(run(check.dtype, backend, slice(2)), expected)
+                found = dict(zip(("output", "dq", "dk", "dv"),
+                                 [((new.float() - old).norm() / old.norm()).item() for new, old in pairs]))
+                if B > 2 and name != "math":
+                    found |= dict(images=B, ms=check.milliseconds(lambda: run(check.dtype, backend)))
+                check.note(where, **found)
+            except (RuntimeError, AssertionError, ImportError) as error:
+                check.note(where, failed=T.first_line(error)[:150])
 
 
 def resumed(check: Check, steps: int, ranks: tuple[int, int], *flags):
@@ -199,7 +219,7 @@ def step(check: Check):
 
 def kernels(check: Check):
     """Where forward and backward of 128 images go, by kind of kernel."""
-    ours, spent, names = check.ours(), dict.fromkeys(KINDS, 0.0), set()
+    ours, spent, names, each = check.ours(), dict.fromkeys(KINDS, 0.0), set(), {}
     bench.in_turns({"": ours}, 0)
     with torch.profiler.profile() as profiler:
         ours.forward_backward(ours.batch)
@@ -208,11 +228,13 @@ def kernels(check: Check):
         if check.cuda and e.device_type == torch.autograd.DeviceType.CPU:
             continue  # an operation has the time of its kernels once more
         kind = next(kind for kind, holds in KINDS.items() if re.search(holds, e.key))
-        spent[kind] += (e.self_device_time_total if check.cuda else e.self_cpu_time_total) / 1e3
+        each[e.key[:120]] = ms = (e.self_device_time_total if check.cuda else e.self_cpu_time_total) / 1e3
+        spent[kind] += ms
         names |= {e.key[:120]} if kind == "attention" else set()
     for kind, ms in spent.items():
         check.note_time(kind, ms)
     check.note("kernels of attention", names=sorted(names))
+    check.note("the most expensive", ms=dict(sorted(each.items(), key=lambda item: -item[1])[:16]))
 
 
 @contextlib.contextmanager
@@ -296,7 +318,7 @@ def recompilations(check: Check):
 def all_variants(check: Check):
     """Each variant of records/variants.py in turns with the plain step: the same? How fast? Ranks: those of links."""
     size = (16 if check.tiny else 64) * check.world.size
-    c = check.config(f"--repa 0 --batch {size} --compile {'on' if check.cuda else 'off'}")
+    c = check.config(f"--repa 0 --batch {size} {SHALLOW} --compile {'on' if check.cuda else 'off'}")
     for name, variant in variants.VARIANTS.items():
         if (variant.needs == "ranks") == (check.world.size > 1) and not variants.missing(variant, check.world):
             rows = variants.measure(c, check.world, [name], check.turns)
@@ -305,7 +327,7 @@ def all_variants(check: Check):
 
 def peers(check: Check):
     """diffusers' model with torch.optim, where it is installed."""
-    c = check.config("--repa 0 --batch 32" if check.cuda else "--repa 0 --compile off")
+    c = check.config(f"--repa 0 --batch 32 {SHALLOW}" if check.cuda else "--repa 0 --compile off")
     check.note("peers", **bench.peers(c, check.world, argparse.Namespace(turns=check.turns), check.rate))
 
 
@@ -468,9 +490,9 @@ def failing_rank(check: Check):
     check.note("failing rank", **end, says_why=bool(re.search("rank 1 failed:(?s:.*)alloc", end["said"])))
 
 
-ALONE = {"attention": attention, "training": training, "step": step, "kernels": kernels, "repa": repa,
-         "share of eight": share_of_eight, "recompilations": recompilations, "failing rank": failing_rank,
-         "variants": all_variants, "peers": peers}
+ALONE = {"attention": attention, "step": step, "kernels": kernels, "share of eight": share_of_eight, "repa": repa,
+         "variants": all_variants, "training": training, "peers": peers, "recompilations": recompilations,
+         "failing rank": failing_rank}
 TOGETHER = {"collectives": collectives, "step": step, "variants": all_variants}
 FAULTS = {"fewer ranks": fewer_ranks, "signals": signals, "late rank": late_rank, "failing rank": failing_rank}
 
@@ -516,9 +538,14 @@ def build_nets(configs, text_width, features, frozen, device, build=T.build_nets
 
 @contextlib.contextmanager
 def a_folder(seconds: float):
-    """For the trainer's runs, which end with it. After so many seconds, and at SIGTERM, what runs ends as at Ctrl-C."""
+    """For the trainer's runs, which end with it. After so many seconds, and at SIGTERM, what runs ends as at Ctrl-C;
+    every five seconds again, since an exception that strikes inside a compiler or a callback may be lost."""
+    def interrupt(number, frame):
+        signal.setitimer(signal.ITIMER_REAL, 5, 5)
+        raise KeyboardInterrupt
+
     numbers = signal.SIGALRM, signal.SIGTERM
-    handlers = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    handlers = {number: signal.signal(number, interrupt) for number in numbers}
     signal.setitimer(signal.ITIMER_REAL, seconds)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
@@ -554,6 +581,7 @@ def main(argv: list[str] | None = None) -> dict:
                         break
                     run_part(check, name, parts[name])
             except KeyboardInterrupt:
+                signal.setitimer(signal.ITIMER_REAL, 0)
                 check.result["cut_short"] = name
                 check.save()
                 print(f"cut short in {name}")

@@ -67,17 +67,27 @@ class Modulated(nn.Module):
         return self.block(x, text, self.rows[self.number], rope, mask)
 
 
-class WithoutMask(T.Attention):
-    """Flash attention over [image, text] keys of any length, one run of keys per image and no mask.
+def without_mask(q, k, v, padding):
+    """Flash attention of q (B, N, H, d) over k and v (B, M, H, d), of which the last padding (B) keys are not there.
 
     A batch is twice as many sequences: each image's queries with its keys, then no queries with the padding that
     follows. So shapes are fixed, nothing is packed, and nobody asks the GPU for a length. Padding gets no gradient.
     """
+    from torch.nn.attention.varlen import varlen_attn
+
+    (B, N), M = q.shape[:2], k.shape[1]
+    ends = torch.arange(1, B + 1, device=q.device)
+    queries = torch.stack([ends * N, ends * N], 1).flatten()
+    keys = torch.stack([ends * M - padding, ends * M], 1).flatten()
+    queries, keys = (F.pad(counts, (1, 0)).int() for counts in (queries, keys))
+    return varlen_attn(*(y.flatten(0, 1) for y in (q, k, v)), queries, keys, N, M).unflatten(0, (B, N))
+
+
+class WithoutMask(T.Attention):
+    """Flash attention over [image, text] keys of any length, one run of keys per image and no mask."""
 
     def forward(self, x, text, rope, mask):
-        from torch.nn.attention.varlen import varlen_attn
-
-        (B, N), tokens = x.shape[:2], text.shape[1]
+        tokens = text.shape[1]
         split = lambda y, n: y.unflatten(-1, (n, self.heads, -1)).unbind(2)            # (B, N, H, d) each
         rope = [table[:, None] if table.ndim == 2 else table.transpose(1, 2) for table in rope]
         q, k, v = split(self.img_qkv_proj(x), 3)
@@ -86,12 +96,7 @@ class WithoutMask(T.Attention):
         k = torch.cat([k, self.norm_added_k(text_k.float()).to(v.dtype)], 1)
         v = torch.cat([v, text_v], 1)
         padding = 0 if mask is None else (mask[:, 0, 0, :tokens] != 0).sum(-1)
-        ends = torch.arange(1, B + 1, device=x.device)
-        queries = torch.stack([ends * N, ends * N], 1).flatten()
-        keys = torch.stack([ends * (N + tokens) - padding, ends * (N + tokens)], 1).flatten()
-        queries, keys = (F.pad(counts, (1, 0)).int() for counts in (queries, keys))
-        out = varlen_attn(*(y.flatten(0, 1) for y in (q, k, v)), queries, keys, N, N + tokens)
-        return self.to_out[0](out.unflatten(0, (B, N)).flatten(2))
+        return self.to_out[0](without_mask(q, k, v, padding).flatten(2))
 
 
 def to_fp8(x, dtype):
@@ -258,17 +263,20 @@ class Setting(bench.Ours):
         with self.around():
             return super().step()
 
-    def results(self) -> dict[str, list]:
-        """The model's output, and of each parameter the gradient and the update, on the CPU. Then all is as before."""
+    def results(self, kinds: str = "output gradients updates") -> dict[str, list]:
+        """The model's output, and of each parameter the gradient and the update. Then all is as before."""
         o, b = self.optimizer, self.batch
-        state, counts = {k: v.cpu().clone() for k, v in o.state_dict().items()}, o.counts()
-        copy = lambda tensors: [x.detach().float().cpu().clone() for x in tensors]
-        before = copy(o.params.values())
+        copy = lambda tensors: [x.detach().float().clone() for x in tensors]
         with self.around():
-            with torch.no_grad():
-                output = self.nets["model"](b.eps, b.t, b.text, b.mask, b.keep)
+            # Not under no_grad, which would compile another graph than training's
+            found = dict(output=copy([self.nets["model"](b.eps, b.t, b.text, b.mask, b.keep)]))
             self.forward_backward(b)
-            found = dict(output=copy([output]), gradients=copy(o.grad_views.values()))
+            found["gradients"] = copy(o.grad_views.values())
+            if "updates" not in kinds:
+                o.fresh = True  # what comes next begins new sums
+                return found
+            state, counts = {k: v.clone() for k, v in o.state_dict().items()}, o.counts()
+            before = copy(o.params.values())
             self.optimize()
         found["updates"] = [new - old for new, old in zip(copy(o.params.values()), before)]
         o.load(state.__getitem__, counts)
@@ -344,10 +352,10 @@ def missing(variant: Variant, world: T.World) -> str:
     return ""
 
 
-def differences(setting: Setting, expected: dict) -> dict[str, float]:
+def differences(setting: Setting, expected: dict, kinds: str = "output gradients updates") -> dict[str, float]:
     """Norm of the difference from the plain step's results over their norm, of the worst tensor."""
     off = lambda new, old: ((new - old).norm() / old.norm().clamp(min=1e-12)).item()
-    return {k: max(map(off, tensors, expected[k])) for k, tensors in setting.results().items()}
+    return {k: max(map(off, tensors, expected[k])) for k, tensors in setting.results(kinds).items()}
 
 
 def measure(c: T.Config, world: T.World, names: list[str], turns: int) -> dict:
@@ -364,7 +372,7 @@ def measure(c: T.Config, world: T.World, names: list[str], turns: int) -> dict:
             continue
         try:
             setting = variant.kind(ours, variant)
-            found[name] = differences(setting, expected)
+            found[name] = differences(setting, expected, variant.compares)
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # one must not end the others
             say(f"{name}: does not run here ({(str(error).strip() or type(error).__name__).splitlines()[0]})")
             ours.optimizer.accumulate()

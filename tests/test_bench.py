@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT, T, shell, torchrun
-from records import bench, variants
+from records import bench, gpu_check, variants
 
 SMALL = ("--track micro --hidden 32 --heads 2 --depth 3 --batch 16 --tread-blocks 1-1 --repa-layer 1 --compute fp32 "
          "--compile off").split()
@@ -130,6 +130,28 @@ def test_results_leave_weights_and_moments_as_they_were(plain):
     for kind, tensors in expected.items():
         assert all(torch.equal(a, b) for a, b in zip(tensors, again[kind])), kind
     assert any(x.abs().sum() > 0 for x in expected["updates"])
+
+
+def varlen_attn(q, k, v, queries, keys, *most):
+    """torch's varlen_attn, run by run: it has no CPU kernel."""
+    out = [torch.zeros(0, *q.shape[1:])]
+    for (a, b), (c, d) in zip(queries.unfold(0, 2, 1).tolist(), keys.unfold(0, 2, 1).tolist()):
+        run = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
+        out += [T.F.scaled_dot_product_attention(*run).transpose(0, 1)] if b > a else []
+    return torch.cat(out)
+
+
+def test_attention_without_a_mask_is_attention_with_it(plain, monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    ours, expected = plain
+    variant = variants.VARIANTS["attention without a mask (flash)"]
+    assert not ours.batch.mask.all()  # some of the text is padding
+    off = variants.differences(variants.Setting(ours, variant), expected, variant.compares)
+    assert set(off) == {"output", "gradients"} and max(off.values()) < 1e-5
+    q, k, v = torch.randn(3, 2, 4, 40, 8).unbind()  # the text's 24 keys come first, 10 of them padding
+    mask = torch.zeros(2, 1, 1, 40).index_fill(3, torch.arange(14, 24), -torch.inf)
+    q, masked = q[:, :, 24:], T.F.scaled_dot_product_attention(q[:, :, 24:], k, v, mask)
+    torch.testing.assert_close(gpu_check.varlen(q, k, v, 24, 10), masked)
 
 
 def test_symmetric_products_by_blocks_are_the_products(monkeypatch):

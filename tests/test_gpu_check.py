@@ -15,7 +15,7 @@ from records import gpu_check
 from train_prx import UserError
 
 alone = pytest.mark.xdist_group("gpu_check")
-PARTS = ["attention", "step", "kernels", "repa", "share of eight", "recompilations"]  # test_bench.py: variants and peers
+PARTS = ["attention", "step", "kernels", "share of eight", "repa", "recompilations"]  # test_bench.py: variants and peers
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_a_check_that_is_cut_short_keeps_what_it_has(tmp_path, monkeypatch, numb
 
 @alone
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="^--only nonsense is unknown; there are attention, training"):
+    with pytest.raises(UserError, match="^--only nonsense is unknown; there are attention, step"):
         gpu_check.main(["--tiny", "--only", "nonsense"])
     with pytest.raises(UserError, match="^--ranks and torchrun .* go together"):
         gpu_check.main(["--tiny", "--ranks"])
