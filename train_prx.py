@@ -533,8 +533,8 @@ def rotate(x, rope):
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
-# Not cuDNN, PyTorch's first choice on Hopper, until a GPU has compared it (records/variants.py): with a mask its
-# gradients are known to go wrong at 64 keys more than a multiple of 128, half of our shapes
+# Not cuDNN, PyTorch's first choice on Hopper: at 64 keys more than a multiple of 128, with a mask, its gradient of
+# queries that no key fits is NaN (measured: records/notes/gpu.md)
 BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 

@@ -40,10 +40,11 @@ from data.scenes import write_track  # noqa: E402
 from records import bench, variants  # noqa: E402
 
 BUDGET = 540.0  # seconds
+AGAIN = 5.0  # seconds from one interrupt to the next
 BACKENDS = {"efficient": SDPBackend.EFFICIENT_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
             "math": SDPBackend.MATH, "cudnn": SDPBackend.CUDNN_ATTENTION, "varlen": "varlen"}
 BUCKETS = [(256, 256), (288, 224), (224, 288), (320, 192), (192, 320)]
-# Of 16: the copies that are compared fit beside them, and the check into its minutes
+# Four blocks of 16: the copies that variants compares fit beside the model, and the check into its minutes
 SHALLOW = "--depth 4 --tread-blocks 1-2 --repa-layer 1"
 KINDS = {  # of kernels, by their names; the first that fits
     "attention": r"^(?!triton).*(attention|fmha|flash|sdpa)",
@@ -72,7 +73,7 @@ class Check:
         self.ranks = max(2, self.world.size)  # of runs with ranks
         self.found = {}  # by the part at work
         self.result = dict(machine=T.describe_machine(self.world), cuda=torch.version.cuda, tiny=tiny,
-                           mfu_is_over=T.PEAK_FLOPS, parts={}, seconds={})
+                           cudnn=torch.backends.cudnn.version(), mfu_is_over=T.PEAK_FLOPS, parts={}, seconds={})
 
     def save(self):
         if self.world.rank == 0:
@@ -144,38 +145,41 @@ def stopwatch(device, work: Callable, *args) -> tuple:
 
 # ---- one GPU ---------------------------------------------------------------------------------------------------------
 
-def varlen(q, k, v, text: int, padding: int):
-    """Attention without a mask (records/variants.py); the last `padding` of the text's keys, which come first, fit no
-    query."""
-    moved = lambda x: torch.cat([x[:, :, text:], x[:, :, :text]], 2).transpose(1, 2)
+def varlen(q, k, v, padding: int):
+    """Attention without a mask (records/variants.py); the last `padding` keys fit no query. Shapes as in SDPA."""
     paddings = torch.full(q.shape[:1], padding, device=q.device)
-    return variants.without_mask(q.transpose(1, 2), moved(k), moved(v), paddings).transpose(1, 2)
+    return variants.without_mask(*(x.transpose(1, 2) for x in (q, k, v)), paddings).transpose(1, 2)
 
 
 def attention(check: Check):
-    """Every backend's output and gradients against FP32 math at the script's shapes, with its mask: the norm of the
-    difference over the norm, and what forward and backward take. Known trouble: NaN in cuDNN's gradient of a query that
-    no key fits, where keys % 128 == 64."""
+    """Every backend's output and gradients against FP32 math at the script's shapes, an eighth of the text masked: the
+    norm of the difference over the norm, and the time of forward and backward in a block. "None fits": all scores are
+    near -2 d. Known trouble: there cuDNN's gradient of the queries is NaN where keys % 128 == 64."""
     H, text, d = (4, 24, 8) if check.tiny else (28, 256, 64)
+    tokens = [16] if check.tiny else [256, 64, 192, 240, 252, 512, 960, 1024, 4096]  # 64 and 960: 320 and 1,216 keys
     # Timed at the images per GPU of 256 px, of 512 px and its routed blocks, and of 1024 px
-    timed = {} if check.tiny else {256: 128, 1024: 32, 512: 32, 4096: 8}
-    for N, apart in itertools.product([16] if check.tiny else [256, 252, 240, 192, 512, 1024, 4096], (0, 4)):
-        B = 2 if apart else timed.get(N, 2)
+    timed = {16: 4} if check.tiny else {256: 128, 1024: 32, 512: 32, 4096: 8}
+    for N, apart in itertools.product(tokens, (0, 4)):
+        B, padding = 2 if apart else timed.get(N, 2), text // 8
         generator = torch.Generator(check.device).manual_seed(0)
-        draw = lambda n: torch.randn(B, H, n, d, generator=generator, device=check.device)
+        draw = lambda n: torch.randn(B, n, H, d, generator=generator, device=check.device).transpose(1, 2)
         inputs = [draw(N) + apart, draw(N + text) - apart, draw(N + text)]
         inputs, weight = [x.to(check.dtype) for x in inputs], draw(N).to(check.dtype)
         mask = torch.zeros(B, 1, 1, N + text, device=check.device)
-        mask[:, :, :, text // 2:text] = -torch.inf
+        mask[:, :, :, -padding:] = -torch.inf
 
         def run(dtype, backend, images=slice(None)):
             leaves = [x[images].to(dtype).requires_grad_() for x in inputs]
             if backend == "varlen":
-                out = varlen(*leaves, text, text - text // 2)
+                out = varlen(*leaves, padding)
             else:
                 with sdpa_kernel([backend]):
                     out = F.scaled_dot_product_attention(*leaves, attn_mask=mask[images].to(dtype))
             return out.detach(), *torch.autograd.grad(out, leaves, weight[images].to(dtype))
+
+        def all_blocks(backend):
+            for _ in range(16):
+                run(check.dtype, backend)
 
         expected = run(torch.float32, SDPBackend.MATH, slice(2))
         for name, backend in BACKENDS.items():
@@ -184,9 +188,10 @@ def attention(check: Check):
                 pairs = zip(run(check.dtype, backend, slice(2)), expected)
                 found = dict(zip(("output", "dq", "dk", "dv"),
                                  [((new.float() - old).norm() / old.norm()).item() for new, old in pairs]))
-                if B > 2 and name != "math":
-                    found |= dict(images=B, ms=check.milliseconds(lambda: run(check.dtype, backend)))
                 check.note(where, **found)
+                if B > 2 and name != "math":
+                    ms = check.milliseconds(lambda: all_blocks(backend)) / 16
+                    check.note(where, **found, images=B, ms=ms)
             except (RuntimeError, AssertionError, ImportError) as error:
                 check.note(where, failed=T.first_line(error)[:150])
 
@@ -228,13 +233,14 @@ def kernels(check: Check):
         if check.cuda and e.device_type == torch.autograd.DeviceType.CPU:
             continue  # an operation has the time of its kernels once more
         kind = next(kind for kind, holds in KINDS.items() if re.search(holds, e.key))
-        each[e.key[:120]] = ms = (e.self_device_time_total if check.cuda else e.self_cpu_time_total) / 1e3
+        ms = (e.self_device_time_total if check.cuda else e.self_cpu_time_total) / 1e3
         spent[kind] += ms
+        each[e.key[:120]] = each.get(e.key[:120], 0.0) + ms
         names |= {e.key[:120]} if kind == "attention" else set()
     for kind, ms in spent.items():
         check.note_time(kind, ms)
     check.note("kernels of attention", names=sorted(names))
-    check.note("the most expensive", ms=dict(sorted(each.items(), key=lambda item: -item[1])[:16]))
+    check.note("the most expensive", ms=dict(sorted(each.items(), key=lambda item: -item[1])[:32]))
 
 
 @contextlib.contextmanager
@@ -320,6 +326,7 @@ def all_variants(check: Check):
     size = (16 if check.tiny else 64) * check.world.size
     c = check.config(f"--repa 0 --batch {size} {SHALLOW} --compile {'on' if check.cuda else 'off'}")
     for name, variant in variants.VARIANTS.items():
+        free(check)
         if (variant.needs == "ranks") == (check.world.size > 1) and not variants.missing(variant, check.world):
             rows = variants.measure(c, check.world, [name], check.turns)
             check.note(name, **rows.get(name, dict(failed="see the output")))
@@ -490,9 +497,9 @@ def failing_rank(check: Check):
     check.note("failing rank", **end, says_why=bool(re.search("rank 1 failed:(?s:.*)alloc", end["said"])))
 
 
-ALONE = {"attention": attention, "step": step, "kernels": kernels, "share of eight": share_of_eight, "repa": repa,
-         "variants": all_variants, "training": training, "peers": peers, "recompilations": recompilations,
-         "failing rank": failing_rank}
+ALONE = {"attention": attention, "step": step, "kernels": kernels, "share of eight": share_of_eight,
+         "training": training, "variants": all_variants, "repa": repa, "peers": peers,
+         "recompilations": recompilations, "failing rank": failing_rank}
 TOGETHER = {"collectives": collectives, "step": step, "variants": all_variants}
 FAULTS = {"fewer ranks": fewer_ranks, "signals": signals, "late rank": late_rank, "failing rank": failing_rank}
 
@@ -539,9 +546,9 @@ def build_nets(configs, text_width, features, frozen, device, build=T.build_nets
 @contextlib.contextmanager
 def a_folder(seconds: float):
     """For the trainer's runs, which end with it. After so many seconds, and at SIGTERM, what runs ends as at Ctrl-C;
-    every five seconds again, since an exception that strikes inside a compiler or a callback may be lost."""
+    every few seconds again, since an exception that strikes inside a compiler or a callback may be lost."""
     def interrupt(number, frame):
-        signal.setitimer(signal.ITIMER_REAL, 5, 5)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
         raise KeyboardInterrupt
 
     numbers = signal.SIGALRM, signal.SIGTERM
@@ -581,7 +588,8 @@ def main(argv: list[str] | None = None) -> dict:
                         break
                     run_part(check, name, parts[name])
             except KeyboardInterrupt:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                for number in (signal.SIGALRM, signal.SIGTERM):  # one more would lose what follows
+                    signal.signal(number, signal.SIG_IGN)
                 check.result["cut_short"] = name
                 check.save()
                 print(f"cut short in {name}")
