@@ -1007,6 +1007,10 @@ class Frozen:
     def factor(self) -> int:  # pixels per side of a latent pixel
         return self.vae.factor if self.vae else 1
 
+    @property
+    def channels(self) -> int:  # of what the model works on
+        return self.vae.channels if self.vae else 3
+
     def latents(self, x):
         """What the model works on, in FP32: stored latents as they are, images encoded or in [-1, 1]."""
         if x.dtype != torch.uint8:
@@ -1035,7 +1039,6 @@ POLAR = [(8.28721202, -23.5958865, 17.3003873), (4.10705911, -2.94784992, 0.5448
 POLAR[:-1] = [(a / 1.01, b / 1.01 ** 3, c / 1.01 ** 5) for a, b, c in POLAR[:-1]]
 NEWTON_SCHULZ = POLAR
 BETAS = 0.9, 0.95  # AdamW
-EMA_EVERY = 10  # steps
 # Elements orthogonalised at once: bounds the temporaries (5 GB for all gate and up matrices of 1.2 B)
 STACK = 2 ** 26
 
@@ -1067,7 +1070,7 @@ class Flat:
     are dealt out in turn: of a run of equal shapes each rank gets as many, give or take one. grads
     (ranks, size) are the sums of all; master and ema (size,) are this rank's."""
 
-    def __init__(self, params: dict, world: World):
+    def __init__(self, params: dict, world: World, average: bool):
         self.params, self.rank = params, world.rank
         self.layout = [list(params)[rank::world.size] for rank in range(world.size)]
         self.size = max(sum(params[n].numel() for n in names) for names in self.layout)
@@ -1075,7 +1078,7 @@ class Flat:
         self.master = torch.zeros(self.size, device=world.device)
         for name, view in self.views(self.master).items():
             view.copy_(params[name].detach())
-        self.ema = self.master.clone()
+        self.ema = self.master.clone() if average else self.master
 
     def views(self, flat, rank: int | None = None, start: int = 0) -> dict:
         """Tensors by name in a rank's vector (this one's), or in its part from element `start` on."""
@@ -1097,14 +1100,6 @@ class Flat:
             rows = flat.new_empty(len(self.layout), self.size)
             all_gather(rows.view(-1), flat)
         return self.all_views(rows)
-
-    def span(self, prefix: str) -> tuple[int, int]:
-        """The first element, and one past the last, of the parameters whose names begin so."""
-        names = self.layout[self.rank]
-        mine = [i for i, n in enumerate(names) if n.startswith(prefix)]
-        assert not mine or len(mine) == mine[-1] + 1 - mine[0], f"the parameters of {prefix} do not lie together"
-        ends = [0, *np.cumsum([self.params[n].numel() for n in names]).tolist()]
-        return (ends[mine[0]], ends[mine[-1] + 1]) if mine else (0, 0)
 
     def reduced(self) -> torch.Tensor:
         """This rank's gradients, averaged over the ranks."""
@@ -1133,9 +1128,9 @@ class MuonAdamW:
             for p in self.params.values():
                 p.data.copy_(p.data.bfloat16())
         muon = {n: tuple(p.shape) for n, p in self.params.items() if is_muon(n, p, config)}
-        names = sorted(self.params, key=lambda n: (n not in muon, muon.get(n, ()), n))
-        self.matrices = Flat({n: self.params[n] for n in names if self.params[n].ndim == 2}, world)
-        self.vectors = Flat({n: self.params[n] for n in names if self.params[n].ndim != 2}, world)
+        names = sorted(self.params, key=lambda n: (n not in muon, muon.get(n, ())))  # else module after module
+        self.matrices = Flat({n: self.params[n] for n in names if self.params[n].ndim == 2}, world, config.ema > 0)
+        self.vectors = Flat({n: self.params[n] for n in names if self.params[n].ndim != 2}, world, config.ema > 0)
         self.flats = self.matrices, self.vectors
         self.stacks, self.split = [], 0  # Muon's stacks: (first element, one past the last, shape)
         shapes = [muon[n] for n in self.matrices.layout[world.rank] if n in muon]
@@ -1149,8 +1144,12 @@ class MuonAdamW:
         self.rest = [self.matrices.master[self.split:], self.vectors.master]  # what AdamW moves
         self.adamw = torch.optim.AdamW(self.rest, lr=0.0, betas=BETAS, eps=config.eps, fused=True)
         self.grad_views = self.matrices.all_views(self.matrices.grads) | self.vectors.all_views(self.vectors.grads)
-        # Of each module its part of each of this rank's vectors, where its parameters lie together
-        self.spans = [[flat.span(module + ".") for flat in self.flats] for module in self.modules]
+
+        def elements(flat, module):  # in this rank's vector, where modules follow one another
+            mine = [n for n in flat.layout[world.rank] if n.startswith(module + ".")]
+            return sum(self.params[n].numel() for n in mine)
+
+        self.sizes = [[elements(flat, module) for module in self.modules] for flat in self.flats]
         self.reset()
         self.publish()
 
@@ -1163,8 +1162,8 @@ class MuonAdamW:
         self.fresh = True
         for flat in self.flats:
             flat.grads.zero_()
-        self.steps, self.ema_steps = 0, 0
-        self.skipped, self.in_a_row = zeros(()), zeros(())  # steps with a non-finite gradient
+        # skipped: steps with a non-finite gradient
+        self.steps, self.skipped, self.in_a_row = zeros(()), zeros(()), zeros(())
 
     def matrix_dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.params.values() if p.ndim == 2)
@@ -1181,21 +1180,17 @@ class MuonAdamW:
     @torch.no_grad()
     def accumulate(self):
         """Add a micro-batch's gradients, in FP32. What only another stage uses has none."""
-        names = [n for n, p in self.params.items() if p.grad is not None]
-        views, grads = [self.grad_views[n] for n in names], [self.params[n].grad for n in names]
-        if self.fresh:
-            for name in self.params.keys() - set(names):
-                self.grad_views[name].zero_()
-            torch._foreach_copy_(views, grads)
-        else:
-            torch._foreach_add_(views, grads)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params.values()]
+        add = torch._foreach_copy_ if self.fresh else torch._foreach_add_
+        add([self.grad_views[n] for n in self.params], grads)
         self.fresh = False
-        for name in names:
-            self.params[name].grad = None
+        for p in self.params.values():
+            p.grad = None
 
     def clip(self, grads) -> tuple[torch.Tensor, torch.Tensor]:
         """By module, in place. Returns the model's norm before, and whether all norms are finite."""
-        parts = [[grad[start:end] for grad, (start, end) in zip(grads, spans)] for spans in self.spans]
+        split = [grad[:sum(sizes)].split(sizes) for grad, sizes in zip(grads, self.sizes)]
+        parts = list(zip(*split))  # of each module
         squares = torch.stack([torch.stack(torch._foreach_norm(part)).square().sum() for part in parts])
         if self.world.size > 1:
             dist.all_reduce(squares)
@@ -1222,13 +1217,15 @@ class MuonAdamW:
         self.rest[0].grad, self.rest[1].grad = grads[0][self.split:], grads[1]
         self.adamw.step()
         self.rest[0].grad = self.rest[1].grad = None  # they would keep the sums through the next step
+        self.steps += 1
+        self.fresh = True  # what comes next begins new sums
+        decay = ((1 + self.steps) / (10 + self.steps)).clamp(max=c.ema)  # at first its memory is short
         for flat in self.flats:
             if c.weights == "bf16":  # an update below half a unit in the last place is lost
                 flat.master.copy_(flat.master.bfloat16())
-        self.steps, self.fresh = self.steps + 1, True  # what comes next begins new sums
+            if flat.ema is not flat.master:
+                flat.ema.lerp_(flat.master, 1 - decay)
         self.publish()
-        if self.steps % EMA_EVERY == 0:
-            self.update_ema()
         return norm
 
     def muon_step(self, grad, good, lr_share: float):
@@ -1242,14 +1239,6 @@ class MuonAdamW:
             update = orthogonalize(g.lerp(m, c.momentum).to(self.matrix_dtype()), c.ns_steps)
             w.mul_(1 - rate * c.weight_decay)
             w.addcmul_(update.float(), rate * -0.2 * max(shape[1:]) ** 0.5)  # AdamW's rate fits: arXiv 2502.16982
-
-    @torch.no_grad()
-    def update_ema(self):
-        """Bring the moving average up to this step. At first its memory is short: (1 + s) / (10 + s)."""
-        decay = min(self.config.ema, (1 + self.steps) / (10 + self.steps)) ** (self.steps - self.ema_steps)
-        for flat in self.flats:
-            flat.ema.lerp_(flat.master, 1 - decay)
-        self.ema_steps = self.steps
 
     def model_ema(self) -> dict[str, torch.Tensor]:
         """The model's moving average in FP32, on the CPU of rank 0. Every rank must call."""
@@ -1265,29 +1254,20 @@ class MuonAdamW:
         kinds = [("momentum", self.matrices.views(self.momentum))]
         for flat, p, start in zip(self.flats, self.rest, (self.split, 0)):
             kinds.append(("master", flat.views(flat.master)))
-            if self.config.ema:
+            if flat.ema is not flat.master:
                 kinds.append(("ema", flat.views(flat.ema)))
             for kind in ("exp_avg", "exp_avg_sq"):
                 kinds.append((kind, flat.views(self.adamw.state[p][kind], start=start)))
-        return {f"{kind}/{n}": v for kind, views in kinds for n, v in views.items()}
-
-    def counts(self) -> dict:
-        """What else a checkpoint needs."""
-        return dict(steps=self.steps, ema_steps=self.ema_steps, skipped=self.skipped.item(),
-                    in_a_row=self.in_a_row.item(), adamw_steps=self.adamw.state[self.rest[0]]["step"].item())
+        counts = dict(steps=self.steps, skipped=self.skipped, in_a_row=self.in_a_row)
+        return counts | {f"{kind}/{n}": v for kind, views in kinds for n, v in views.items()}
 
     @torch.no_grad()
-    def load(self, read, counts: dict):
-        """Of state_dict() and counts(). `read(key)` finds a tensor in whichever rank's file holds it."""
-        for key, view in self.state_dict().items():
-            view.copy_(read(key))
-        self.steps, self.ema_steps = counts["steps"], counts["ema_steps"]
-        self.skipped.fill_(counts["skipped"])
-        self.in_a_row.fill_(counts["in_a_row"])
-        for flat, p in zip(self.flats, self.rest):
-            self.adamw.state[p]["step"].fill_(counts["adamw_steps"])
-            if not self.config.ema:
-                flat.ema.copy_(flat.master)
+    def load(self, read):
+        """Of state_dict(). `read(key)` finds a tensor in whichever rank's file holds it."""
+        for key, tensor in self.state_dict().items():
+            tensor.copy_(read(key))
+        for p in self.rest:
+            self.adamw.state[p]["step"].copy_(self.steps - self.skipped)
         self.publish()
 
 
@@ -1452,7 +1432,8 @@ class Shards:
 
 
 def pack_text(texts: list, c: Config, encoder) -> tuple[torch.Tensor, torch.Tensor]:
-    """Captions -> tokens (b, T) int64, or stored states (T_i, D) -> (b, T, D), then zeros. And the mask (b, T) bool."""
+    """Captions -> tokens (b, T) int64, or stored states (T_i, D) -> (b, T, D), then zeros. And the
+    mask (b, T) bool."""
     if isinstance(texts[0], str):
         return encoder.tokenize(texts)
     states = texts[0].new_zeros(len(texts), c.text_tokens, texts[0].shape[1])
@@ -1491,10 +1472,8 @@ class Loader:
 
     THREADS = 4
 
-    def __init__(self, data: Shards, c: Config, encoder, world: World, channels: int, factor: int, skip: int = 0,
-                 step: int = 0, pixels: bool = False):
-        self.data, self.c, self.encoder, self.device = data, c, encoder, world.device
-        self.channels, self.factor, self.pixels = channels, factor, pixels  # pixels: a teacher sees the images
+    def __init__(self, data: Shards, c: Config, frozen: Frozen, world: World, skip: int = 0, step: int = 0):
+        self.data, self.c, self.frozen, self.device = data, c, frozen, world.device
         share = c.batch // world.size
         self.rows = slice(world.rank * share, (world.rank + 1) * share)
         self.short = float(dict(long=0, short=1).get(c.captions, c.captions[4:]))  # share of short captions
@@ -1530,8 +1509,8 @@ class Loader:
         rows = zip(dropped, places, fields)
         texts = [data.empty if drop else data.prompt(*place, field) for drop, place, field in rows]
         x = torch.stack([data.subject(*place) for place in places])
-        batch = Batch(x, t, *pack_text(texts, c, self.encoder))
-        if self.pixels and data.latent:
+        batch = Batch(x, t, *pack_text(texts, c, self.frozen.text))
+        if data.latent and c.repa and self.frozen.teacher:  # until REPA ends
             batch.pixels = torch.stack([data.picture(*place) for place in places])
         return batch.map(torch.Tensor.pin_memory) if self.pool else batch
 
@@ -1539,9 +1518,9 @@ class Loader:
         c, device = self.c, self.device
         generator = generator_for(device, c.seed, step, 1)
         batch = batch.map(lambda x: x.to(device, non_blocking=True))
-        factor = self.factor if batch.x.dtype == torch.uint8 else 1
+        factor = self.frozen.factor if batch.x.dtype == torch.uint8 else 1
         height, width = (n // factor for n in batch.x.shape[2:])
-        shape = c.batch, self.channels, height, width
+        shape = c.batch, self.frozen.channels, height, width
         batch.eps = torch.randn(shape, generator=generator, device=device)[self.rows]
         if c.tread + c.sprint:
             tokens = height * width // c.patch ** 2
@@ -1648,7 +1627,8 @@ def export_transformer(config: dict, tensors: dict, folder: Path):
 
 
 def load_transformer(source, device="cpu") -> PRX:
-    """A PRX in diffusers format, strictly, in FP32: a transformer's folder, a pipeline's, or owner/name on the hub."""
+    """A PRX in diffusers format, strictly, in FP32: a transformer's folder, a pipeline's, or
+    owner/name on the hub."""
     folder, tensors = Path(source), {}
     weights = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-?????.safetensors"
     with loading(f"{source} as a PRX transformer in diffusers format"):
@@ -1689,7 +1669,7 @@ def load_checkpoint(folder: Path, state: dict, optimizer: MuonAdamW):
     where = {key: file for file in files for key in file.keys()}
     missing = sorted(optimizer.state_dict().keys() - where.keys())
     need(not missing, f"checkpoint {folder} lacks {', '.join(missing[:1])}; it belongs to another model or optimizer")
-    optimizer.load(lambda key: where[key].get_tensor(key), state["counts"])
+    optimizer.load(lambda key: where[key].get_tensor(key))
 
 
 # ========================================================================================
@@ -1837,7 +1817,7 @@ def begin_folder(folder: Path, config: Config, stages: list[Stage], fresh: bool,
 def build_nets(configs: list[Config], text_width: int, features: int, frozen: Frozen, device) -> nn.ModuleDict:
     """The model, and REPA's projector onto a teacher's features (0: none). FP32, from the seed or --init."""
     c, routes = configs[0], any(k.tread or k.sprint for k in configs)
-    model = PRX(in_channels=frozen.vae.channels if frozen.vae else 3, patch_size=c.patch, context_in_dim=text_width,
+    model = PRX(in_channels=frozen.channels, patch_size=c.patch, context_in_dim=text_width,
                 hidden_size=c.hidden, mlp_ratio=c.mlp_ratio, num_heads=c.heads, depth=c.depth,
                 bottleneck_size=c.bottleneck or None, span=routed_blocks(c) if routes else None,
                 sprint=c.sprint > 0, scorer=routes and c.tread_select == "learned")
@@ -1889,7 +1869,8 @@ class Run:
         width = data.text["width"] if data.text else frozen.text.width
         self.nets = build_nets(self.configs, width, self.state["features"], frozen, world.device)
         self.large = world.device.type == "cpu" and sum(p.numel() for p in self.nets.parameters()) > LARGE
-        self.optimizer = None if config.dry_run and self.large else MuonAdamW(self.nets, config, world)
+        averaged = replace(config, ema=max(c.ema for c in self.configs))  # in any stage
+        self.optimizer = None if config.dry_run and self.large else MuonAdamW(self.nets, averaged, world)
         bf16 = config.compute == "bf16" or config.compute == "auto" and has_fast_bf16(world.device)
         set_compute_dtype(self.nets, torch.bfloat16 if bf16 else torch.float32)
         self.saved = None  # the step of the last checkpoint
@@ -1900,11 +1881,6 @@ class Run:
 
     def aligned(self, c: Config) -> bool:
         return c.repa > 0 and not self.state["burned_in"]
-
-    def loader(self, stage: int, skip: int = 0, step: int = 0) -> Loader:
-        c, channels = self.configs[stage], self.nets["model"].config["in_channels"]
-        return Loader(self.datasets[stage], c, self.frozen.text, self.world, channels, self.frozen.factor, skip,
-                      step, self.aligned(c))
 
     def forward_backward(self, batch: Batch, c: Config, align: bool) -> list:
         """All micro-batches of a step: the sums of what training_step returns."""
@@ -1978,7 +1954,8 @@ def warm_up(r: Run) -> dict[int, tuple[float, int]]:
     without the optimizer, and peak bytes."""
     cuda, problems, broken, measured = r.world.device.type == "cuda", [], [], {}
     for stage in range(r.state["stage"], len(r.configs)):
-        c, data, loader, slowest = r.configs[stage], r.datasets[stage], r.loader(stage), 0.0
+        c, data, slowest = r.configs[stage], r.datasets[stage], 0.0
+        loader = Loader(data, c, r.frozen, r.world)
         aligns = [False, True] if r.aligned(c) and c.repa_until < 1 else [r.aligned(c)]
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -2006,19 +1983,9 @@ def warm_up(r: Run) -> dict[int, tuple[float, int]]:
         r.optimizer.reset()
         return warm_up(r)
     r.world.refuse(problems)
-    if cuda:
-        kernels = attention_kernels(lambda: r.forward_backward(batch, c, align))
-        r.log(f"attention: {', '.join(kernels)}; allowed: {', '.join(b.name for b in BACKENDS)}", show=False)
     r.optimizer.step(0.0)
     r.optimizer.reset()
     return measured
-
-
-def attention_kernels(work) -> list[str]:
-    """What attention runs on, by the names in one profiled call."""
-    with torch.profiler.profile() as seen:
-        work()
-    return sorted({e.name for e in seen.events() if re.search("fmha|flash|sdpa|attention", e.name)})
 
 
 def describe_plan(r: Run, measured: dict) -> str:
@@ -2067,10 +2034,10 @@ def loop(r: Run) -> tuple[float, float, float]:
                 state |= dict(stage=now, batches=0)
                 r.log(f"stage {r.stages[now].name}: {r.stages[now].knobs}")
             stage, c, optimizer.config = now, r.configs[now], r.configs[now]
-            loader = r.loader(now, state["batches"], state["step"])
+            loader = Loader(r.datasets[now], c, r.frozen, world, state["batches"], state["step"])
             loader.stall = stall
         if r.frozen.teacher and (progress >= c.repa_until or not any(k.repa for k in r.configs[stage:])):
-            r.frozen.teacher, state["burned_in"], loader.pixels = None, True, False
+            r.frozen.teacher, state["burned_in"] = None, True
             gc.collect()  # compiled layers refer to themselves
             r.log(f"REPA ends at step {state['step']}: the teacher is gone from memory")
 
@@ -2182,8 +2149,7 @@ def finish_checkpoint(r: Run, folder: Path, keys: list[str], elapsed: float):
         if errors := [s["error"] for s in said if "error" in s]:
             raise OSError("; ".join(errors))
         sums = [s["sha256"] for s in said]
-        write_json(temporary / "state.json",
-                   r.state | dict(counts=r.optimizer.counts(), elapsed=elapsed, sha256=sums))
+        write_json(temporary / "state.json", r.state | dict(elapsed=elapsed, sha256=sums))
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
     finally:
@@ -2264,7 +2230,6 @@ def train(world: World, config: Config, stages: list[Stage]) -> int:
         return 128 + world.signal if world.signal else 0
     if step == 0:
         raise TrainingFailed(f"start-up took {elapsed:.0f} s: no step fits into --hours {config.hours:.4g}; give more")
-    r.optimizer.update_ema()
     failure = save_export(r, folder / "transformer")
     seconds = r.clock()  # the clock stops here
     save_checkpoint(r, seconds)

@@ -121,8 +121,7 @@ class Ours:
                 block.compile(dynamic=False)
         self.loader, self.batch = None, random_batch(c, self.device, world.rank)
         if data:
-            channels = self.nets["model"].config["in_channels"]
-            self.loader = T.Loader(data, c, frozen.text, world, channels, frozen.factor, pixels=self.align)
+            self.loader = T.Loader(data, c, frozen, world)
 
     def forward_backward(self, batch: T.Batch):
         for part in batch.split(self.c.accumulate):

@@ -275,11 +275,11 @@ class Setting(bench.Ours):
             if "updates" not in kinds:
                 o.fresh = True  # what comes next begins new sums
                 return found
-            state, counts = {k: v.clone() for k, v in o.state_dict().items()}, o.counts()
+            state = {k: v.clone() for k, v in o.state_dict().items()}
             before = copy(o.params.values())
             self.optimize()
         found["updates"] = [new - old for new, old in zip(copy(o.params.values()), before)]
-        o.load(state.__getitem__, counts)
+        o.load(state.__getitem__)
         return found
 
 

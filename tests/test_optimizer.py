@@ -124,7 +124,7 @@ def test_a_skipped_step_leaves_no_trace_in_the_later_ones(exact, config, bad):
             optimizer.accumulate()
             optimizer.step()
         update(optimizer, nets, i)
-    assert optimizer.skipped == 2 and optimizer.counts()["adamw_steps"] == 12
+    assert optimizer.skipped == 2 and optimizer.adamw.state[optimizer.rest[0]]["step"] == 12
     assert_close(nets, by_torch(config, range(12)))
 
 
@@ -391,22 +391,16 @@ def test_many_owners_move_the_weights_as_one_does(ranks, monkeypatch):
         assert_close(nets, alone, 1e-5)
 
 
-@pytest.mark.parametrize("every", [1, 4])
-def test_ema_follows_the_masters(every, monkeypatch):
-    """The decay is per step, whatever the steps between updates; the last steps of a run are brought in at its end."""
-    monkeypatch.setattr(T, "EMA_EVERY", every)
+def test_ema_follows_the_masters():
     nets = model()
     optimizer = T.MuonAdamW(nets, dataclasses.replace(MUON, ema=0.9), T.World())
     masters = lambda: torch.cat([flat.master for flat in optimizer.flats])
-    expected, last = masters(), 0
-    for i in range(1, 39):
+    expected = masters().double()
+    for i in range(1, 139):  # from 80 on its memory is no longer short
         update(optimizer, nets, i)
-        if i == 38:
-            optimizer.update_ema()
-        if i % every == 0 or i == 38:
-            decay = min(0.9, (1 + i) / (10 + i)) ** (i - last)
-            expected, last = decay * expected + (1 - decay) * masters(), i
-        assert torch.allclose(torch.cat([flat.ema for flat in optimizer.flats]), expected, atol=1e-5)
+        decay = min(0.9, (1 + i) / (10 + i))
+        expected = decay * expected + (1 - decay) * masters()
+        assert torch.allclose(torch.cat([flat.ema for flat in optimizer.flats]).double(), expected, atol=1e-5)
     now = {n: p.detach().clone() for n, p in params(nets).items()}
     optimizer.publish(ema=True)  # for a sample grid
     averages = optimizer.model_ema()

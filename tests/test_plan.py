@@ -194,12 +194,6 @@ def test_dry_run_does_not_touch_a_run(shards, capsys):
     assert {p: p.stat().st_mtime_ns for p in Path("logs").rglob("*")} == before
 
 
-def test_the_kernels_of_attention_are_named():
-    q = torch.rand(1, 2, 8, 16)
-    names = T.attention_kernels(lambda: T.F.scaled_dot_product_attention(q, q, q))
-    assert names and all("attention" in name for name in names)  # on a CPU
-
-
 def test_the_plans_derived_figures_are_right(shards, capsys):
     said = dry(capsys, *TINY, "--steps", 10)
     assert "derived: TFLOP/image (3 x flops_per_image), samples" in said and "measured: images/s" in said

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import train_prx as T
 
 # To be lowered, never raised. The goal: 1,700 lines, 95,000 bytes, a mean line of 57, comments 13 %
-LINES, BYTES, LONGEST, MEAN_LINE, COMMENTS, KNOBS = 2325, 122_400, 120, 60.1, 0.13, 60
+LINES, BYTES, LONGEST, MEAN_LINE, COMMENTS, KNOBS = 2292, 120_500, 120, 60.1, 0.13, 60
 
 # A sitecustomize.py, so that it is there before anything else in every process of the environment
 AUDIT = """

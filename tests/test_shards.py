@@ -9,6 +9,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,11 +88,12 @@ class Numbers:
         return torch.tensor(rows), torch.ones(len(rows), 2, dtype=torch.bool)
 
 
-def loaders(c, ranks=1, skip=0, stage=0, step=None, pixels=False):
+def loaders(c, ranks=1, skip=0, stage=0, step=None, teacher=None):
     """One loader per rank, each with the data opened for itself."""
-    channels = (T.Shards(c).latent or dict(channels=3))["channels"]
-    return [T.Loader(T.Shards(c, stage), c, Numbers(), T.World(rank, ranks), channels, 1, skip,
-                     skip if step is None else step, pixels) for rank in range(ranks)]
+    latent = T.Shards(c).latent
+    frozen = T.Frozen(vae=latent and SimpleNamespace(**latent), text=Numbers(), teacher=teacher)
+    return [T.Loader(T.Shards(c, stage), c, frozen, T.World(rank, ranks), skip, skip if step is None else step)
+            for rank in range(ranks)]
 
 
 def together(batches):
@@ -261,7 +263,7 @@ def test_latents_and_stored_text_come_out_as_they_went_in(tmp_path):
     write_shards(tmp_path / "d", latent=LATENT, text=dict(text="tiny", width=6, max_tokens=40), image=None)
     c = config(tmp_path / "d", vae="v", batch=64, caption_dropout=0.2)
     data = T.Shards(c)
-    loader = T.Loader(data, c, None, T.World(), 4, 8)
+    loader = T.Loader(data, c, T.Frozen(vae=SimpleNamespace(**data.latent)), T.World())
     batch = next(loader)
     assert batch.pixels is None and batch.x.dtype == torch.bfloat16 and batch.x.shape == batch.eps.shape == (64, 4, 4, 4)
     assert batch.text.shape == (64, 40, 6) and batch.t.shape == (64,)
@@ -293,10 +295,10 @@ def test_images_beside_latents_are_read_only_while_a_teacher_looks(tmp_path, mon
     read, picture = [], T.Shards.picture
     monkeypatch.setattr(T.Shards, "picture", lambda *a: (read.append(1), picture(*a))[1])
     c = config(tmp_path / "d", vae="v", batch=8, repa=1.0)
-    [loader] = loaders(c, pixels=True)
+    [loader] = loaders(c, teacher="a teacher")
     batch = next(loader)
     assert batch.pixels.shape == (8, 3, 32, 32) and batch.pixels[:, 0, 0, 0].tolist() == numbers(batch) and len(read) == 8
-    loader.pixels = False  # as the loop does at the end of REPA
+    loader.frozen.teacher = None  # as the loop does at the end of REPA
     assert next(loader).pixels is None and len(read) == 8
 
 

@@ -106,7 +106,7 @@ def captions_of(folder, batches=40, **knobs):
         got.extend(texts)
         return torch.zeros(2, len(texts), 4, dtype=torch.int64)
 
-    loader = T.Loader(data, c, SimpleNamespace(tokenize=tokenize), T.World(), 3, 1)
+    loader = T.Loader(data, c, T.Frozen(text=SimpleNamespace(tokenize=tokenize)), T.World())
     order = data.order()
     ids = np.concatenate([next(order) for _ in range(batches)])
     for _ in range(batches):

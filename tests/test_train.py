@@ -101,8 +101,7 @@ def test_the_clock_runs_from_process_start(shards):
     assert done.stdout.split() == ["True", "True"], done.stderr
 
 
-def test_the_exported_weights_are_the_ema_and_without_one_the_masters(shards, monkeypatch):
-    monkeypatch.setattr(T, "EMA_EVERY", 1)
+def test_the_exported_weights_are_the_ema_and_without_one_the_masters(shards):
     run("--steps", 5, "--name", "plain", "--ema", 0)
     run("--steps", 5, "--name", "ema", "--ema", 0.99)
     assert same(weights("plain"), model_only(kept("plain", 5, "master")))
@@ -179,9 +178,8 @@ def test_losses_are_sorted_by_their_noise_level(monkeypatch):
     [], ["--optimizer", "adamw", "--accumulate", "2", "--weights", "bf16"],
     ["--repa", "4", "--repa-layer", "1", "--repa-until", "0.5", "--tread", "0.5", "--tread-blocks", "1-1"]],
     ids=["default", "adamw", "repa"])
-def test_resume_is_bit_identical(shards, monkeypatch, flags):
+def test_resume_is_bit_identical(shards, flags):
     """Three processes' worth; with REPA the last begins after its end, without its teacher."""
-    monkeypatch.setattr(T, "EMA_EVERY", 2)
     flags = ["--steps", 8, "--captions", "mix:0.5", *flags]
     run(*flags, "--name", "whole")
     run(*flags, "--name", "cut", "--stop-after", 3)
