@@ -87,7 +87,7 @@ def test_flops_are_those_of_the_model():
 def test_bad_input_is_one_sentence(in_tmp):
     with pytest.raises(T.UserError, match="^--rows nonsense is unknown; micro has the track's step, without REPA"):
         bench.main(["--track", "micro", "--share", "--rows", "nonsense"])
-    with pytest.raises(T.UserError, match="^--only nonsense is unknown; there are gate and up"):
+    with pytest.raises(T.UserError, match="^--only nonsense is unknown; there are attention without a mask"):
         variants.main(["--track", "micro", "--only", "nonsense"])
     with pytest.raises(T.UserError, match="--hidden 33"):
         bench.main(["--track", "micro", "--share", "--hidden", "33"])
