@@ -534,7 +534,7 @@ def rotate(x, rope):
 
 
 # Not cuDNN, PyTorch's first choice on Hopper: at 64 keys more than a multiple of 128, with a mask, its gradient of
-# queries that no key fits is NaN (measured: records/notes/gpu.md)
+# queries that no key fits is NaN (seen at 448 keys: records/notes/gpu.md)
 BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
@@ -1219,12 +1219,12 @@ class MuonAdamW:
         self.rest[0].grad = self.rest[1].grad = None  # they would keep the sums through the next step
         self.steps += 1
         self.fresh = True  # what comes next begins new sums
-        decay = ((1 + self.steps) / (10 + self.steps)).clamp(max=c.ema)  # at first its memory is short
+        share = (9 / (10 + self.steps)).clamp(min=1 - c.ema)  # at first the average's memory is short
         for flat in self.flats:
             if c.weights == "bf16":  # an update below half a unit in the last place is lost
                 flat.master.copy_(flat.master.bfloat16())
             if flat.ema is not flat.master:
-                flat.ema.lerp_(flat.master, 1 - decay)
+                flat.ema.lerp_(flat.master, share)
         self.publish()
         return norm
 
@@ -1668,7 +1668,8 @@ def load_checkpoint(folder: Path, state: dict, optimizer: MuonAdamW):
     files = [safe_open(folder / f"rank-{rank}.safetensors", "pt") for rank in range(len(state["sha256"]))]
     where = {key: file for file in files for key in file.keys()}
     missing = sorted(optimizer.state_dict().keys() - where.keys())
-    need(not missing, f"checkpoint {folder} lacks {', '.join(missing[:1])}; it belongs to another model or optimizer")
+    need(not missing, f"checkpoint {folder} lacks {', '.join(missing[:1])}; it belongs to another model or to an "
+         "older script, which its log.txt holds")
     optimizer.load(lambda key: where[key].get_tensor(key))
 
 
@@ -1900,7 +1901,8 @@ class Run:
 
     def checkpoint_bytes(self) -> int:
         """FP32 masters, moments and EMA, over all ranks."""
-        copies = lambda name, p: (2 if is_muon(name, p, self.config) else 3) + (1 if self.config.ema else 0)
+        average = any(c.ema for c in self.configs)
+        copies = lambda name, p: (2 if is_muon(name, p, self.config) else 3) + average
         return sum(4 * p.numel() * copies(name, p) for name, p in self.nets.named_parameters())
 
 

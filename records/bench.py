@@ -148,7 +148,7 @@ class Ours:
 
 class Peer:
     """diffusers' PRX on the same data, weights and loss, as its users would train it: FP32 weights with autocast, the
-    blocks' matrices with torch.optim.Muon (or AdamW for all), clipped by torch; no EMA, which ours has."""
+    blocks' matrices with torch.optim.Muon (or AdamW for all), clipped by torch; no EMA, which ours has off `micro`."""
 
     def __init__(self, kind: str, ours: Ours):
         from diffusers import PRXTransformer2DModel

@@ -375,7 +375,7 @@ def measure(c: T.Config, world: T.World, names: list[str], turns: int) -> dict:
             found[name] = differences(setting, expected, variant.compares)
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # one must not end the others
             say(f"{name}: does not run here ({(str(error).strip() or type(error).__name__).splitlines()[0]})")
-            ours.optimizer.accumulate()
+            ours.nets.zero_grad()
             ours.optimizer.reset()
             continue
         settings[name] = setting

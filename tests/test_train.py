@@ -174,6 +174,18 @@ def test_losses_are_sorted_by_their_noise_level(monkeypatch):
 
 # --- stop and resume
 
+def test_a_stage_may_begin_the_average_or_end_it(shards, monkeypatch):
+    c = T.TRACKS["micro"][0]
+    halves = lambda ema: (replace(c, ema=0.0), [T.Stage("a", 0.5, dict(ema=0.99 - ema)), T.Stage("b", 0.5, dict(ema=ema))])
+    flags = [x for x in TINY if x not in ("--ema", "0.99")]
+    for name, ema in (("begins", 0.99), ("ends", 0.0)):
+        monkeypatch.setitem(T.TRACKS, "micro", halves(ema))
+        assert T.main([*flags, "--steps", "6", "--name", name]) == 0
+        average, masters = (kept(name, 6, kind) for kind in ("ema", "master"))
+        assert average.keys() == masters.keys() and same(weights(name), model_only(average))
+        assert same(average, masters) == (name == "ends")
+
+
 @pytest.mark.parametrize("flags", [
     [], ["--optimizer", "adamw", "--accumulate", "2", "--weights", "bf16"],
     ["--repa", "4", "--repa-layer", "1", "--repa-until", "0.5", "--tread", "0.5", "--tread-blocks", "1-1"]],
